@@ -1,0 +1,291 @@
+"""Byte layout of everything in the arena; every number here is part of LAYOUT_VERSION.
+
+The arena is one mapping, addressed in bytes from its base (an *address*) or in 8-byte words (a *slot* = address / 8),
+little endian. The daemon writes all of it but three things, which clients write: state words of blocks leased to or
+allocated by them, a heap's mutex, and the lock counters while they hold it. Payloads are theirs, of course.
+
+    page 0              header                               H_*
+    pages 1 ..          control blocks, 256 B a heap         C_*
+    then                page directory, 8 B a chunk          one page word a chunk of 512 pages, or MAPPED
+    then                page map, 8 B a page                 committed chunk by chunk
+    then                run words, 8 B a page                state words of runs, committed with the page map
+    first_page ..       regions of heaps: slabs, runs, free pages
+
+Page word: what a page is. Read it with `page_word`, never by hand: a chunk whose pages are all alike has its word in
+the directory and no page of the map behind it, and a read of an uncommitted page would commit it.
+
+    bits 62-63  state       FREE 0, RESERVED 1, COMMITTED 2
+    bits 56-58  kind        NONE 0, TABLE 1, SPARE 2, SLAB 3, RUN 4
+    bits 40-55  heap        index of the heap's control block
+    bits 0-39   start       first page of the slab, run or region that the page is part of
+
+State word: the whole truth about one block. Moved from one state to the next by one aligned 8-byte store.
+
+    bits 62-63  state       FREE 0, CACHED 1, BUSY 2
+    bits 48-61  session     who holds or caches it, 0 when FREE
+    bits 0-47   generation and requested size: slab blocks 31 + 17 bits, runs 12 + 36 bits
+
+Slab head: word 0 is the descriptor (magic, class index), then a state word for each block; geometry follows from the
+class (sizeclass.py).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from heapd.units import GIB, PAGE_SHIFT, PAGE_SIZE, align_up
+
+__all__ = [
+    "ArenaShape",
+    "Handle",
+    "RUN_WORD",
+    "SLAB_WORD",
+    "WordFormat",
+    "page_word",
+]
+
+LAYOUT_VERSION: Final = 1
+MAGIC: Final = int.from_bytes(b"heapd\x00\x00\x01", "little")
+WORD: Final = 8  # bytes in a slot
+
+# -- header, page 0: slot numbers ------------------------------------------------------------------------------------
+H_MAGIC: Final = 0
+H_VERSION: Final = 1
+H_INSTANCE: Final = 2  # two words: 16 random bytes, the arena's identity
+H_STATE: Final = 4  # STARTING, RUNNING, STOPPED
+H_INCARNATION: Final = 5  # restarts of the daemon on this arena, from 1
+H_PAGE_COUNT: Final = 6  # pages of the arena, tables included
+H_HEAP_LIMIT: Final = 7  # control blocks there is room for
+H_PID: Final = 8  # the daemon's process id
+H_START_TIME: Final = 9  # its start time, clock ticks after boot (/proc/PID/stat field 22)
+H_COMMITTED: Final = 10  # bytes committed now, tables included
+H_COMMIT_LIMIT: Final = 11  # bytes the daemon may commit
+H_RESERVED: Final = 12  # bytes reserved by regions now
+H_CONTROLS_READY: Final = 13  # control blocks whose page is committed: none beyond may be read
+
+STARTING: Final = 1
+RUNNING: Final = 2
+STOPPED: Final = 3
+
+# -- control block: slots from its first ---------------------------------------------------------------------------------
+CONTROL_SIZE: Final = 256
+C_LIVE: Final = 0  # epoch << 1 | 1 while the heap lives; changes when front ends must look up
+C_HEAP_ID: Final = 1  # id of the heap that uses this control block, 0 for none
+C_FLAGS: Final = 2  # F_* bits
+C_MUTEX: Final = 8  # 64 bytes: pthread_mutex_t, initialised once for the life of the arena
+C_ACQUIRED: Final = 16  # lock counters, written by the lock's holder
+C_CONTENDED: Final = 17
+C_WAITED_NS: Final = 18
+C_RECOVERED: Final = 19  # times the lock came from a holder that had died
+C_HOLDER: Final = 20  # session << 32 | pid of an explicit lock's holder, 0 when free
+
+F_SERIALIZE: Final = 1
+F_EXECUTABLE: Final = 2
+F_PERSISTENT: Final = 4
+F_GENERATE_EXCEPTIONS: Final = 8
+F_FREE_ORPHANS: Final = 16
+F_TAIL_CHECK: Final = 32
+F_FREE_CHECK: Final = 64
+
+HEAP_INDEX_BITS: Final = 16
+MAX_HEAPS: Final = 1 << 14  # arbitrary; 4 MiB of control blocks, committed as used
+
+# -- page words ------------------------------------------------------------------------------------------------------
+PAGE_FREE: Final = 0
+PAGE_RESERVED: Final = 1
+PAGE_COMMITTED: Final = 2
+
+KIND_NONE: Final = 0
+KIND_TABLE: Final = 1
+KIND_SPARE: Final = 2  # in a region, part of no slab or run
+KIND_SLAB: Final = 3
+KIND_RUN: Final = 4
+
+CHUNK_SHIFT: Final = 9
+CHUNK_PAGES: Final = 1 << CHUNK_SHIFT  # pages whose words fill one page of the map
+MAPPED: Final = 1 << 61  # directory entry: look in the page map
+_START_MASK: Final = (1 << 40) - 1
+
+
+def make_page_word(state: int, kind: int, heap: int, start: int) -> int:
+    return state << 62 | kind << 56 | heap << 40 | start
+
+
+class PageInfo(NamedTuple):
+    """A page word taken apart: state (PAGE_*), kind (KIND_*), heap (control index), start (page index)."""
+
+    state: int
+    kind: int
+    heap: int
+    start: int
+
+
+def split_page_word(word: int) -> PageInfo:
+    return PageInfo(word >> 62, word >> 56 & 7, word >> 40 & 0xFFFF, word & _START_MASK)
+
+
+# -- state words -----------------------------------------------------------------------------------------------------
+FREE: Final = 0
+CACHED: Final = 1
+BUSY: Final = 2
+
+STATE_SHIFT: Final = 62
+SESSION_SHIFT: Final = 48
+SESSION_MASK: Final = (1 << 14) - 1  # sessions are numbered from 1 to this
+LOW_MASK: Final = (1 << 48) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class WordFormat:
+    """How the low 48 bits of a state word divide: `size_bits` for the requested size, the rest for the generation."""
+
+    size_bits: int
+
+    @property
+    def size_mask(self) -> int:
+        return (1 << self.size_bits) - 1
+
+    @property
+    def generation_mask(self) -> int:
+        return (1 << 48 - self.size_bits) - 1
+
+    def make(self, state: int, session: int, generation: int, size: int) -> int:
+        return state << STATE_SHIFT | session << SESSION_SHIFT | generation << self.size_bits | size
+
+    def generation(self, word: int) -> int:
+        return (word & LOW_MASK) >> self.size_bits
+
+    def size(self, word: int) -> int:
+        return word & self.size_mask
+
+    def next_generation(self, generation: int) -> int:
+        """The one after; 0 is skipped, so that a handle of zeros never names a block."""
+        return (generation + 1) & self.generation_mask or 1
+
+
+def word_state(word: int) -> int:
+    return word >> STATE_SHIFT
+
+
+def word_session(word: int) -> int:
+    return word >> SESSION_SHIFT & SESSION_MASK
+
+
+SLAB_WORD: Final = WordFormat(17)
+RUN_WORD: Final = WordFormat(36)
+MAX_BLOCK_SIZE: Final = 64 * GIB - 1  # what 36 bits hold
+
+SLAB_MAGIC: Final = int.from_bytes(b"SLAB", "little")
+
+
+def slab_descriptor(class_index: int) -> int:
+    return SLAB_MAGIC << 32 | class_index
+
+
+def slab_class_index(descriptor: int) -> int | None:
+    """The class index in a slab's descriptor word, None if the word is none."""
+    return descriptor & 0xFFFF if descriptor >> 32 == SLAB_MAGIC else None
+
+
+# -- where the tables are --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class ArenaShape:
+    """Where each table of an arena of `page_count` pages lies; follows from the two figures in the header.
+
+    Fields: page_count (pages), heap_limit (control blocks).
+    """
+
+    page_count: int
+    heap_limit: int = MAX_HEAPS
+
+    @property
+    def size(self) -> int:
+        """Bytes of the arena."""
+        return self.page_count << PAGE_SHIFT
+
+    @property
+    def controls(self) -> int:
+        """Address of the first control block."""
+        return PAGE_SIZE
+
+    @property
+    def directory(self) -> int:
+        """Address of the page directory, one word a chunk."""
+        return align_up(self.controls + self.heap_limit * CONTROL_SIZE, PAGE_SIZE)
+
+    @property
+    def chunk_count(self) -> int:
+        return (self.page_count + CHUNK_PAGES - 1) >> CHUNK_SHIFT
+
+    @property
+    def page_map(self) -> int:
+        """Address of the page map, one word a page."""
+        return self.directory + align_up(self.chunk_count * WORD, PAGE_SIZE)
+
+    @property
+    def run_words(self) -> int:
+        """Address of the run words, one a page."""
+        return self.page_map + self.chunk_count * PAGE_SIZE
+
+    @property
+    def first_page(self) -> int:
+        """First page that regions may use; on a 64 KiB boundary."""
+        return align_up(self.run_words + self.chunk_count * PAGE_SIZE, 16 * PAGE_SIZE) >> PAGE_SHIFT
+
+    def control_slot(self, index: int) -> int:
+        """Slot of the first word of control block `index`."""
+        return (self.controls + index * CONTROL_SIZE) // WORD
+
+    def mutex_address(self, index: int) -> int:
+        return self.controls + index * CONTROL_SIZE + C_MUTEX * WORD
+
+    def run_slot(self, page: int) -> int:
+        """Slot of the state word of the run that begins at `page`."""
+        return self.run_words // WORD + page
+
+    def is_run_slot(self, slot: int) -> bool:
+        return slot < self.first_page * (PAGE_SIZE // WORD)
+
+    def word_format(self, slot: int) -> WordFormat:
+        return RUN_WORD if self.is_run_slot(slot) else SLAB_WORD
+
+
+def page_word(words: memoryview, shape: ArenaShape, page: int) -> int:
+    """The page word of `page`, read without touching an uncommitted page of the map.
+
+    Args:    words (the arena as a memoryview of format "Q"), page (page index, 0 <= page < shape.page_count).
+    """
+    entry: int = words[shape.directory // WORD + (page >> CHUNK_SHIFT)]
+    return words[shape.page_map // WORD + page] if entry == MAPPED else entry
+
+
+# -- handles ---------------------------------------------------------------------------------------------------------
+_HANDLE = struct.Struct("<16sQQQ")
+
+
+class Handle(NamedTuple):
+    """Names a block across processes; picklable, and 40 bytes through `encode`.
+
+    Fields:
+        instance    16 bytes: the arena's identity
+        slot        of the block's state word
+        address     of the payload's first byte
+        generation  of the block when the handle was made; another one in the state word means the handle is stale
+    """
+
+    instance: bytes
+    slot: int
+    address: int
+    generation: int
+
+    def encode(self) -> bytes:
+        return _HANDLE.pack(*self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Handle:
+        """Raises: ValueError if `data` is not the 40 bytes of a handle."""
+        if len(data) != _HANDLE.size:
+            raise ValueError(f"a handle is {_HANDLE.size} bytes, not {len(data)}")
+        return cls(*_HANDLE.unpack(data))

@@ -1,0 +1,113 @@
+"""Size classes of small blocks and the geometry of their slabs: pure tables, shared by back end and front end.
+
+A request of up to 64 KiB is rounded up to a class: 16, 32, 48, then multiples of 64 B with steps of at most 1/8. So
+payloads are 16-byte aligned, and 64-byte aligned from 64 B up. A class that is a multiple of the page size is served
+as a *run* of whole pages (page-aligned); any other is cut from a *slab*. A request that is itself a multiple of
+4 KiB is therefore page-aligned.
+
+Why not every block from 4 KiB up: rounding to pages costs 62 % on recorded traces (sqlite's cache pages are 4,368 B);
+these classes cost 7.5 % there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from heapd.units import KIB, PAGE_SIZE, align_up, pages_for
+
+__all__ = ["CLASSES", "CLASS_COUNT", "MAX_CLASS_SIZE", "SizeClass", "class_index", "class_of"]
+
+MAX_CLASS_SIZE = 64 * KIB
+_STEPS_PER_DOUBLING = 8  # so that rounding up costs at most 1/8 of the request from 512 B up
+_MAX_SLAB_PAGES = 32  # arbitrary: 128 KiB holds at least four of the largest slab class
+_WORD = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SizeClass:
+    """One size class.
+
+    Fields:
+        index         position in CLASSES
+        extent        bytes a block occupies, the largest request of the class
+        is_run        True: a block is a run of `page_count` pages; False: cut from a slab
+        page_count    pages of the slab, or of the run
+        block_count   blocks in a slab; 1 for a run
+        first_offset  bytes from the slab's start to its first block; 0 for a run
+    """
+
+    index: int
+    extent: int
+    is_run: bool
+    page_count: int
+    block_count: int
+    first_offset: int
+
+
+def _extents() -> list[int]:
+    extents = [16, 32, 48]
+    base = 64
+    while base < MAX_CLASS_SIZE:
+        extents += range(base, 2 * base, max(base // _STEPS_PER_DOUBLING, 64))
+        base *= 2
+    return [*extents, MAX_CLASS_SIZE]
+
+
+def _slab_shape(extent: int, page_count: int) -> tuple[int, int, int]:
+    """(blocks, offset of the first, bytes of the pages touched when full) of a slab of `page_count` pages.
+
+    The head is one descriptor word and one state word a block, rounded up to the blocks' alignment.
+    """
+    alignment = 64 if extent >= 64 else 16
+    count = (page_count * PAGE_SIZE - _WORD) // (extent + _WORD)
+    while count and align_up(_WORD + count * _WORD, alignment) + count * extent > page_count * PAGE_SIZE:
+        count -= 1
+    first = align_up(_WORD + count * _WORD, alignment)
+    return count, first, pages_for(first + count * extent) * PAGE_SIZE
+
+
+def _slab_class(index: int, extent: int) -> SizeClass:
+    """The slab size that loses least when full; among near equals (1 %) the smallest, which empties soonest.
+
+    The head stays within the first page, so that a class used once costs one page, or two for a block that
+    does not fit beside the head.
+    """
+    best: tuple[float, int] | None = None
+    for page_count in range(1, _MAX_SLAB_PAGES + 1):
+        count, first, touched = _slab_shape(extent, page_count)
+        if count < 4 or first + min(extent, 1024) > PAGE_SIZE:
+            continue
+        cost = touched / (count * extent)
+        if best is None or cost < best[0] - 0.01:
+            best = cost, page_count
+    assert best is not None, extent
+    count, first, touched = _slab_shape(extent, best[1])
+    return SizeClass(index, extent, False, touched // PAGE_SIZE, count, first)
+
+
+def _build() -> tuple[SizeClass, ...]:
+    return tuple(
+        SizeClass(index, extent, True, extent // PAGE_SIZE, 1, 0)
+        if extent % PAGE_SIZE == 0
+        else _slab_class(index, extent)
+        for index, extent in enumerate(_extents())
+    )
+
+
+CLASSES: tuple[SizeClass, ...] = _build()
+CLASS_COUNT = len(CLASSES)
+
+# Class of each request in units of 16 bytes: _BY_UNIT[(size + 15) >> 4]; a bytes lookup beats bisect by 4 x.
+_BY_UNIT = bytes(
+    next(entry.index for entry in CLASSES if entry.extent >= unit * 16) for unit in range(MAX_CLASS_SIZE // 16 + 1)
+)
+
+
+def class_index(size: int) -> int:
+    """Index of the smallest class that holds `size` bytes (0 <= size <= MAX_CLASS_SIZE)."""
+    return _BY_UNIT[(size + 15) >> 4]
+
+
+def class_of(size: int) -> SizeClass:
+    """The smallest class that holds `size` bytes (0 <= size <= MAX_CLASS_SIZE)."""
+    return CLASSES[_BY_UNIT[(size + 15) >> 4]]
