@@ -1,1 +1,52 @@
+"""What crosses the socket: the requests (messages), their frames (codec), and where the socket is (endpoint).
 
+PROTOCOL.md in this folder is the specification; it changes together with PROTOCOL_VERSION.
+"""
+
+from heapd.wire.codec import (
+    MAX_REPLY_BYTES,
+    MAX_REQUEST_ID,
+    Envelope,
+    Reply,
+    decode_reply,
+    decode_request,
+    encode_error,
+    encode_reply,
+    encode_request,
+)
+from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, check_directory, make_directory, runtime_directory
+from heapd.wire.messages import (
+    CONTROL_OPS,
+    MAX_BATCH,
+    MAX_NAME_BYTES,
+    MAX_REQUEST_BYTES,
+    OPS,
+    PROTOCOL_VERSION,
+    TOKEN_BYTES,
+    Request,
+)
+
+__all__ = [
+    "CONTROL_OPS",
+    "DEFAULT_NAME",
+    "MAX_BATCH",
+    "MAX_NAME_BYTES",
+    "MAX_REPLY_BYTES",
+    "MAX_REQUEST_BYTES",
+    "MAX_REQUEST_ID",
+    "OPS",
+    "PROTOCOL_VERSION",
+    "TOKEN_BYTES",
+    "Endpoint",
+    "Envelope",
+    "Reply",
+    "Request",
+    "check_directory",
+    "decode_reply",
+    "decode_request",
+    "encode_error",
+    "encode_reply",
+    "encode_request",
+    "make_directory",
+    "runtime_directory",
+]

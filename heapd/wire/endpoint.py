@@ -1,0 +1,170 @@
+"""Where a daemon is: a directory that only its user can enter, and a name in it.
+
+An endpoint is written `ipc://<directory>/<name>`, or just `<name>` for one in the user's runtime directory. The
+daemon's two sockets and its lock file lie in the directory, beside each other:
+
+    <name>.control   hello, status, stop: the kernel's word on who is calling is read for every message
+    <name>.work      everything else, by session token
+    <name>.lock      flock of the living daemon; holds its process id as text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from heapd.errors import InvalidArgumentError, SegmentError
+
+__all__ = [
+    "DEFAULT_NAME",
+    "Endpoint",
+    "check_directory",
+    "make_directory",
+    "runtime_directory",
+]
+
+DEFAULT_NAME: Final = "default"
+_SCHEME: Final = "ipc://"
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MAX_PATH_BYTES: Final = 107  # sockaddr_un's 108 less its closing NUL
+_ENDPOINT_VARIABLE: Final = "HEAPD_ENDPOINT"
+_DIRECTORY_VARIABLE: Final = "HEAPD_RUNTIME_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A daemon's address. Fields: directory (absolute path), name (1 to 64 of A-Z a-z 0-9 . _ -)."""
+
+    directory: str
+    name: str = DEFAULT_NAME
+
+    def __post_init__(self) -> None:
+        if _NAME.fullmatch(self.name) is None:
+            raise InvalidArgumentError(
+                "a daemon's name is 1 to 64 letters, digits, dots, dashes or underscores", field="name"
+            )
+        if "\0" in self.directory:
+            raise InvalidArgumentError("a runtime directory's path holds no NUL", field="directory")
+        object.__setattr__(self, "directory", os.path.abspath(self.directory))
+        size = len(os.fsencode(self.control_path))
+        if size > _MAX_PATH_BYTES:
+            raise InvalidArgumentError(
+                f"the socket path of daemon {self.name!r} would take {size} bytes and the system allows "
+                f"{_MAX_PATH_BYTES}; choose a shorter runtime directory or name",
+                size=size,
+                limit=_MAX_PATH_BYTES,
+            )
+
+    @classmethod
+    def parse(cls, text: str | None = None, environ: Mapping[str, str] | None = None) -> Endpoint:
+        """The endpoint meant by `text`: "ipc:///run/me/demo", or "demo" in the user's runtime directory.
+
+        Args:   text (None or "": $HEAPD_ENDPOINT if set, else the daemon "default"), environ (None: the process's).
+        Raises: InvalidArgumentError if it is neither, or its socket path would be too long.
+        """
+        environ = os.environ if environ is None else environ
+        text = text or environ.get(_ENDPOINT_VARIABLE) or DEFAULT_NAME
+        if text.startswith(_SCHEME):
+            directory, slash, name = text.removeprefix(_SCHEME).rpartition("/")
+            if slash and name:
+                return cls(directory or "/", name)
+        elif _NAME.fullmatch(text) is not None:
+            return cls(runtime_directory(environ), text)
+        raise InvalidArgumentError(
+            "an endpoint is a daemon's name, such as demo, or ipc://DIRECTORY/NAME; names have 1 to 64 letters, "
+            "digits, dots, dashes or underscores",
+            field="endpoint",
+        )
+
+    def __str__(self) -> str:
+        return f"{_SCHEME}{os.path.join(self.directory, self.name)}"
+
+    @property
+    def control_path(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.control")
+
+    @property
+    def work_path(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.work")
+
+    @property
+    def lock_path(self) -> str:
+        return os.path.join(self.directory, f"{self.name}.lock")
+
+    @property
+    def control(self) -> str:
+        """ZeroMQ address of the control socket."""
+        return _SCHEME + self.control_path
+
+    @property
+    def work(self) -> str:
+        """ZeroMQ address of the work socket."""
+        return _SCHEME + self.work_path
+
+    @property
+    def segment(self) -> str:
+        """Name of the daemon's shared memory segment.
+
+        Names in /dev/shm are one flat space, so that a daemon elsewhere than in the user's own directory carries a
+        hash of where it is. Clients do not compute it: hello tells them.
+        """
+        if self.directory == _own_directory(os.environ):
+            return f"heapd-{self.name}"
+        return self.unique_segment
+
+    @property
+    def unique_segment(self) -> str:
+        """The segment's name with the directory's hash, whichever directory it is."""
+        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:8]
+        return f"heapd-{self.name}-{digest}"
+
+
+def runtime_directory(environ: Mapping[str, str] | None = None) -> str:
+    """Where the user's daemons are: $HEAPD_RUNTIME_DIR, else $XDG_RUNTIME_DIR/heapd, else /tmp/heapd-UID."""
+    environ = os.environ if environ is None else environ
+    return os.path.abspath(environ.get(_DIRECTORY_VARIABLE) or _own_directory(environ))
+
+
+def _own_directory(environ: Mapping[str, str]) -> str:
+    base = environ.get("XDG_RUNTIME_DIR")
+    return os.path.join(os.path.abspath(base), "heapd") if base else f"/tmp/heapd-{os.getuid()}"
+
+
+def make_directory(path: str) -> None:
+    """Make the directory for this user alone, its parents too, unless it is there; then check it.
+
+    Raises: SegmentError as check_directory does, or with the system's reason if it cannot be made.
+    """
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise SegmentError(f"the runtime directory {path} cannot be made: {error.strerror}") from error
+    check_directory(path)
+
+
+def check_directory(path: str) -> None:
+    """See that nobody but this user can put anything in the directory, or take it away from inside.
+
+    Raises: SegmentError if it is missing, a symlink, no directory, of another user, or open to others.
+    """
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        raise SegmentError(f"the runtime directory {path} cannot be used: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise SegmentError(f"the runtime directory {path} is not a directory (a symlink is refused too)")
+    if status.st_uid != os.getuid():
+        raise SegmentError(f"the runtime directory {path} belongs to user {status.st_uid}, not to {os.getuid()}")
+    if status.st_mode & 0o077:
+        raise SegmentError(
+            f"the runtime directory {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
+            f"chmod 700 it, or choose another with --runtime-dir"
+        )
