@@ -231,8 +231,9 @@ class ArenaShape:
 
     @property
     def first_page(self) -> int:
-        """First page that regions may use; on a 64 KiB boundary."""
-        return align_up(self.run_words + self.chunk_count * PAGE_SIZE, 16 * PAGE_SIZE) >> PAGE_SHIFT
+        """First page that regions may use; the first of a chunk, so that tables and regions share none."""
+        end = (self.run_words >> PAGE_SHIFT) + self.chunk_count
+        return align_up(end, CHUNK_PAGES)
 
     def control_slot(self, index: int) -> int:
         """Slot of the first word of control block `index`."""

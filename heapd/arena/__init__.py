@@ -1,1 +1,17 @@
+"""The mapping as pages: reserve, commit, decommit, release; which page is what; how much may be committed."""
 
+from heapd.arena.arena import Arena
+from heapd.arena.budget import Budget, Headroom, default_commit_limit
+from heapd.arena.extents import Extents
+from heapd.arena.segment import Segment, remove_segment, segment_exists
+
+__all__ = [
+    "Arena",
+    "Budget",
+    "Extents",
+    "Headroom",
+    "Segment",
+    "default_commit_limit",
+    "remove_segment",
+    "segment_exists",
+]

@@ -1,1 +1,7 @@
+"""Many heaps for many clients: sessions, names, limits, and every operation on them."""
 
+from heapd.manager.manager import HeapManager, Job, Limits
+from heapd.manager.names import Waiter
+from heapd.manager.sessions import Session
+
+__all__ = ["HeapManager", "Job", "Limits", "Session", "Waiter"]

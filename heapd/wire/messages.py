@@ -75,7 +75,6 @@ class Hello(Request):
     op: ClassVar[int] = 1
     name: ClassVar[str] = "hello"
     layout_version: Annotated[int, _U63]
-    quota: Size = 0  # bytes this session may have allocated at most, 0: the daemon's default
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +224,9 @@ class HeapAllocMany(Request):
 
 @dataclass(frozen=True, slots=True)
 class HeapResize(Request):
-    """Resize a block where it is. Answer: Grant tuple (same slot and address, new generation and extent).
-    Error CannotResizeInPlace: the client moves it (alloc, copy, free) unless the user asked for in place only."""
+    """Resize a block where it is. Answer: Grant tuple (same slot, address and generation, new extent).
+    Error CannotResizeInPlace: the client moves it (alloc, copy, free) unless the user asked for in place only; without
+    that flag a shrink to less than half of a slab block is refused so, too."""
 
     op: ClassVar[int] = 32
     name: ClassVar[str] = "heap.resize"
@@ -234,6 +234,7 @@ class HeapResize(Request):
     address: Address
     generation: Generation
     size: Size
+    in_place_only: Flag = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,137 @@
+"""The named shared memory object behind an arena: create, attach, unlink. Sole import of multiprocessing.shared_memory.
+
+Must never let Python's resource tracker know of the segment: on 3.11 and 3.12 the tracker of any process that attached
+would unlink it when that process ends, and the creator's when the daemon is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from mmap import mmap
+from multiprocessing import shared_memory
+from pathlib import Path
+from typing import Any, cast
+
+from heapd.errors import SegmentError
+
+__all__ = ["Segment", "remove_segment", "segment_exists"]
+
+SHM_DIRECTORY = Path("/dev/shm")
+_patching = threading.Lock()
+
+
+class _Untracked(shared_memory.SharedMemory):
+    """SharedMemory that the resource tracker never hears of, and that is silent when it is collected with live views."""
+
+    def __del__(self) -> None:
+        pass  # the base class would close() and complain of views; the kernel unmaps at exit
+
+
+@contextmanager
+def _no_tracker(name: str) -> Iterator[None]:
+    """Keep `name` from the resource tracker for the calls inside; other names go through (another thread's may)."""
+    tracker = cast(Any, shared_memory).resource_tracker
+    with _patching:
+        register, unregister = tracker.register, tracker.unregister
+
+        def unless_ours(call: Any) -> Any:
+            return lambda path, kind: None if path == f"/{name}" else call(path, kind)
+
+        tracker.register, tracker.unregister = unless_ours(register), unless_ours(unregister)
+        try:
+            yield
+        finally:
+            tracker.register, tracker.unregister = register, unregister
+
+
+def _open(name: str, size: int) -> shared_memory.SharedMemory:
+    """size 0 attaches."""
+    if sys.version_info >= (3, 13):
+        return _Untracked(name, create=size > 0, size=size, track=False)
+    with _no_tracker(name):
+        return _Untracked(name, create=size > 0, size=size)
+
+
+class Segment:
+    """A mapped shared memory object of this user.
+
+    Fields: name, size (bytes, mapped), fd (for fallocate and fstat), buffer (memoryview of bytes), words (the same as
+    "Q"), mapping (the mmap, for madvise).
+    """
+
+    def __init__(self, memory: shared_memory.SharedMemory, name: str) -> None:
+        self._memory = memory
+        self.name = name
+        self.size = memory.size
+        self.fd = os.open(SHM_DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.buffer: memoryview = memory.buf
+        self.mapping = cast(mmap, self.buffer.obj)
+        self.words = self.buffer.cast("Q")
+
+    @classmethod
+    def create(cls, name: str, size: int) -> Segment:
+        """Make a sparse segment of `size` bytes (a multiple of the page size), mode 0600, that reads as zeros.
+
+        Raises: SegmentError if one of that name exists or the system refuses the size.
+        """
+        try:
+            memory = _open(name, size)
+        except FileExistsError:
+            raise SegmentError(f"the shared memory segment {name} exists already; `heapd gc` removes what nobody owns")
+        except OSError as error:
+            raise SegmentError(f"cannot create the shared memory segment {name} of {size} bytes: {error}") from error
+        segment = cls(memory, name)
+        os.fchmod(segment.fd, 0o600)
+        return segment
+
+    @classmethod
+    def attach(cls, name: str) -> Segment:
+        """Map an existing segment of this user.
+
+        Raises: SegmentError if it is missing, not a plain file, another user's, or writable by others.
+        """
+        try:
+            status = os.lstat(SHM_DIRECTORY / name)
+        except FileNotFoundError:
+            raise SegmentError(f"there is no shared memory segment {name}")
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise SegmentError(f"the shared memory segment {name} is not a private file of this user")
+        return cls(_open(name, 0), name)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of memory behind the segment, as the kernel counts them."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def unlink(self) -> None:
+        """Remove the name; mappings go on working on memory that goes with the last of them."""
+        remove_segment(self.name)
+
+    def close(self) -> None:
+        """Unmap, if no view is alive; else leave that to the end of the process."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self.words.release()
+        try:
+            self._memory.close()
+        except BufferError:
+            return
+
+
+def segment_exists(name: str) -> bool:
+    return os.path.lexists(SHM_DIRECTORY / name)
+
+
+def remove_segment(name: str) -> bool:
+    """Unlink a segment by name; False if there is none."""
+    try:
+        os.unlink(SHM_DIRECTORY / name)
+    except FileNotFoundError:
+        return False
+    return True

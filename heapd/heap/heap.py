@@ -1,0 +1,383 @@
+"""One heap: blocks of any size over its space. Sizes up to 64 KiB round to a class; larger ones are runs of pages.
+
+A block is given out in two steps that a kill cannot come between for a client: the private record (`lent`, `runs`)
+first, then one store of its state word. It is taken back in the opposite order.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Generator, Iterator
+
+from heapd.arena import Arena
+from heapd.errors import (
+    BlockTooLargeError,
+    CannotResizeInPlaceError,
+    DoubleFreeError,
+    HeapDestroyedError,
+    HeapFullError,
+    InvalidArgumentError,
+    NotABlockError,
+    StaleHandleError,
+)
+from heapd.heap.slab import Slab
+from heapd.heap.space import BIG_PAGES, Space
+from heapd.layout import BUSY, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat, word_session, word_state
+from heapd.records import Grant
+from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
+from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
+
+__all__ = ["Heap", "SLICE_BYTES"]
+
+SLICE_BYTES = 16 * MIB  # 4 to 10 ms of commit; a larger block takes `alloc_in_slices`
+SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
+_FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
+
+
+class Heap:
+    """Blocks in the regions of one heap.
+
+    Fields: index (of its control block), maximum (bytes, 0: growable), max_block (bytes, 0: none of its own), space,
+    slabs (first page -> Slab), runs (first page -> page count), allocations and releases (totals).
+    """
+
+    def __init__(
+        self, arena: Arena, index: int, *, initial: int = 0, maximum: int = 0, reserve: int = 0, max_block: int = 0
+    ) -> None:
+        """Args: initial, maximum, reserve (of a growable heap's first region; 0: initial + 64 KiB), max_block: bytes.
+
+        Raises: InvalidArgumentError if initial exceeds maximum or the arena; HeapFullError. Nothing is reserved then.
+        """
+        if maximum and initial > maximum:
+            raise InvalidArgumentError(
+                f"the initial size ({format_size(initial)}) exceeds the maximum ({format_size(maximum)})"
+            )
+        if max(initial, maximum, reserve) > arena.shape.size:
+            raise InvalidArgumentError(
+                f"{format_size(max(initial, maximum, reserve))} is more than the whole arena"
+                f" ({format_size(arena.shape.size)}); start the daemon with a larger --reserve"
+            )
+        self.arena = arena
+        self.index = index
+        self.maximum = maximum
+        self.max_block = max_block
+        self.space = Space(arena, index, maximum=maximum)
+        # A class's slabs with a block to give, lowest address first: so blocks gather in few slabs and others empty.
+        self.partial: list[list[Slab]] = [[] for _ in CLASSES]
+        self.slabs: dict[int, Slab] = {}
+        self.runs: dict[int, int] = {}
+        self.allocations = 0
+        self.releases = 0
+        self._slab_of_page: dict[int, Slab] = {}
+        first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
+        pages = align_up(max(first, 1), GRANULE_PAGES)
+        self.space.open(pages, min(max(pages_for(initial), 1), pages))
+
+    # -- alloc -------------------------------------------------------------------------------------------------------
+    def alloc(self, size: int, session: int) -> Grant:
+        """Give out a block of `size` bytes as allocated by `session`.
+
+        Raises: BlockTooLargeError, HeapFullError; nothing has changed.
+        """
+        self.check_size(size)
+        if size <= MAX_CLASS_SIZE:
+            kind = class_of(size)
+            if not kind.is_run:
+                return self._alloc_small(kind, size, session)
+            return self._alloc_run(kind.page_count, size, session)
+        return self._alloc_run(pages_for(size), size, session)
+
+    def alloc_in_slices(self, size: int, session: int) -> Generator[None, None, Grant]:
+        """As alloc, for blocks over SLICE_BYTES: yields between slices of its commit.
+
+        Raises: as alloc; HeapDestroyedError if the heap was closed meanwhile. Nothing has changed.
+        """
+        self.check_size(size)
+        page_count = pages_for(size)
+        first = self._take_run(page_count)
+        fresh = self.arena.committed_in(first, page_count) == 0
+        try:
+            self.arena.pages.map_edges(first, page_count)
+            grant = self._finish_run(first, page_count, size, session, fresh=fresh)
+            for at in range(first, first + page_count, SLICE_PAGES):
+                count = min(SLICE_PAGES, first + page_count - at)
+                self.space.commit(at, count)
+                self.space.describe_run(first, count, at)
+                yield
+                if self.space.is_closed:
+                    raise HeapDestroyedError("the heap was destroyed while the block was committed")
+        except HeapFullError:
+            if self.runs.pop(first, 0):
+                self.releases += 1
+                self.arena.words[grant.slot] = RUN_WORD.make(FREE, 0, grant.generation, 0)
+            self._give_run(first, page_count)
+            raise
+        return grant
+
+    def check_size(self, size: int) -> None:
+        """Raises: BlockTooLargeError if no block of `size` bytes can ever come from this heap."""
+        limit = self.max_block or self.maximum or min(MAX_BLOCK_SIZE, self.arena.shape.size)
+        if size > limit:
+            raise BlockTooLargeError(
+                f"{format_size(size)} requested; a block of this heap has at most {format_size(limit)}", limit=limit
+            )
+
+    def _alloc_small(self, kind: SizeClass, size: int, session: int) -> Grant:
+        slab = self._slab_with_room(kind)
+        index = slab.lend()
+        if slab.is_full:
+            del self.partial[kind.index][0]
+        self.allocations += 1
+        slot = slab.slot + index
+        words = self.arena.words
+        generation = SLAB_WORD.next_generation(SLAB_WORD.generation(words[slot]))
+        words[slot] = SLAB_WORD.make(BUSY, session, generation, size)
+        return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
+
+    def _slab_with_room(self, kind: SizeClass) -> Slab:
+        """The lowest slab of the class with a block whose pages are committed. Raises: HeapFullError."""
+        partial = self.partial[kind.index]
+        slab = partial[0] if partial else self._new_slab(kind)
+        if not slab.free:
+            touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
+            if needed > touched:
+                self._commit_slab(slab, touched, needed)
+        return slab
+
+    def _commit_slab(self, slab: Slab, touched: int, needed: int) -> None:
+        first = slab.first_page + touched
+        try:
+            self.space.commit(first, needed - touched)
+        except HeapFullError:
+            if not slab.lent_count:
+                self._drop_slab(slab)
+            raise
+        self.arena.describe(first, needed - touched, KIND_SLAB, self.index, slab.first_page)
+
+    def _new_slab(self, kind: SizeClass) -> Slab:
+        first = self.space.take(kind.page_count)
+        slab = Slab(kind, first)
+        try:
+            self.space.commit(first, 1)
+        except HeapFullError:
+            self.space.give(first, kind.page_count)
+            raise
+        slab.write_head(self.arena.words, self.arena.next_seed())
+        # Pages that were committed before stay so; the page map tells which.
+        self.arena.pages.map_edges(first, kind.page_count)
+        self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)
+        self.slabs[first] = slab
+        self._slab_of_page.update(dict.fromkeys(range(first, first + kind.page_count), slab))
+        insort(self.partial[kind.index], slab)
+        return slab
+
+    def _alloc_run(self, page_count: int, size: int, session: int) -> Grant:
+        first = self._take_run(page_count)
+        try:
+            fresh = self.space.commit(first, page_count)
+        except HeapFullError:
+            self._give_run(first, page_count)
+            raise
+        return self._finish_run(first, page_count, size, session, fresh=fresh)
+
+    def _take_run(self, page_count: int) -> int:
+        if page_count >= BIG_PAGES and not self.maximum:
+            return self.space.take_big(page_count)
+        return self.space.take(page_count)
+
+    def _give_run(self, first: int, page_count: int) -> None:
+        if self.space.is_big(first):
+            self.space.give_big(first)
+        else:
+            self.space.give(first, page_count)
+
+    def _finish_run(self, first: int, page_count: int, size: int, session: int, *, fresh: bool) -> Grant:
+        self.space.describe_run(first, page_count, first)
+        self.runs[first] = page_count
+        self.allocations += 1
+        slot = self.arena.shape.run_slot(first)
+        words = self.arena.words
+        generation = RUN_WORD.next_generation(RUN_WORD.generation(words[slot]))
+        words[slot] = RUN_WORD.make(BUSY, session, generation, size)
+        return Grant(slot, first << PAGE_SHIFT, generation, page_count << PAGE_SHIFT, fresh)
+
+    # -- free --------------------------------------------------------------------------------------------------------
+    def free(self, address: int, generation: int) -> None:
+        """Take back the allocated block that begins at `address`.
+
+        Raises: NotABlockError, DoubleFreeError, StaleHandleError; nothing has changed.
+        """
+        slab, index, slot = self.locate(address)
+        self._check_busy(slot, generation, address)
+        self.take_back(slab, index, slot)
+
+    def check_free(self, address: int, generation: int) -> None:
+        """Raise what `free` would, and change nothing."""
+        _, _, slot = self.locate(address)
+        self._check_busy(slot, generation, address)
+
+    def take_back(self, slab: Slab | None, index: int, slot: int) -> None:
+        """Take back a block that `locate` found, whatever its word says."""
+        words = self.arena.words
+        form = RUN_WORD if slab is None else SLAB_WORD
+        words[slot] = form.make(FREE, 0, form.generation(words[slot]), 0)
+        self.releases += 1
+        if slab is None:
+            self._give_run(index, self.runs.pop(index))
+            return
+        if slab.is_full:
+            insort(self.partial[slab.kind.index], slab)
+        slab.take_back(index)
+        if not slab.lent_count:
+            self._drop_slab(slab)
+
+    def _drop_slab(self, slab: Slab) -> None:
+        """Give an empty slab's pages back."""
+        first, page_count = slab.first_page, slab.kind.page_count
+        self.partial[slab.kind.index].remove(slab)
+        del self.slabs[first]
+        for page in range(first, first + page_count):
+            del self._slab_of_page[page]
+        self.arena.words[slab.slot - 1] = 0
+        self.space.give(first, page_count)
+
+    def locate(self, address: int) -> tuple[Slab | None, int, int]:
+        """The lent block that begins at `address`: (slab or None for a run, index or first page, slot).
+
+        Raises: NotABlockError; DoubleFreeError if it is a block that was taken back.
+        """
+        page = address >> PAGE_SHIFT
+        slab = self._slab_of_page.get(page)
+        if slab is not None:
+            index = slab.index_of(address)
+            if index is None or index >= slab.carved:
+                raise NotABlockError(f"no block begins at address {address:#x}")
+            if not slab.lent[index]:
+                raise DoubleFreeError(f"the block at {address:#x} is free already")
+            return slab, index, slab.slot + index
+        if address & (PAGE_SIZE - 1) or page not in self.runs:
+            if self._was_run(address, page):
+                raise DoubleFreeError(f"the block at {address:#x} is free already")
+            raise NotABlockError(f"no block begins at address {address:#x}")
+        return None, page, self.arena.shape.run_slot(page)
+
+    def _was_run(self, address: int, page: int) -> bool:
+        """True if the last run that began at `page` was freed and its pages are spare since."""
+        region = self.space.find_region(page)
+        if region is None or address & (PAGE_SIZE - 1) or region.is_big:
+            return False
+        if not any(start <= page < start + count for start, count in self.space.spare):
+            return False
+        return RUN_WORD.generation(self._run_word(page)) > 0
+
+    def _run_word(self, page: int) -> int:
+        word: int = self.arena.words[self.arena.shape.run_slot(page)] if self.arena.pages.is_mapped(page >> 9) else 0
+        return word
+
+    def _check_busy(self, slot: int, generation: int, address: int) -> int:
+        """The state word at `slot`, if it is of a busy block of that generation."""
+        word: int = self.arena.words[slot]
+        form = self.arena.shape.word_format(slot)
+        if word_state(word) != BUSY:
+            raise DoubleFreeError(f"the block at {address:#x} is free already")
+        if form.generation(word) != generation:
+            raise StaleHandleError(
+                f"the block at {address:#x} was freed and given out again: the handle is of generation {generation},"
+                f" the block of {form.generation(word)}"
+            )
+        return word
+
+    # -- resize ------------------------------------------------------------------------------------------------------
+    def resize(self, address: int, generation: int, size: int, *, in_place_only: bool) -> Grant:
+        """Change a block's size where it is; its generation stays.
+
+        Unless `in_place_only`, a shrink of a slab block to less than half of its extent is refused, too: moving it
+        saves more than the copy costs.
+
+        Raises: as free; CannotResizeInPlaceError, BlockTooLargeError, HeapFullError; the block is as it was.
+        """
+        self.check_size(size)
+        slab, index, slot = self.locate(address)
+        word = self._check_busy(slot, generation, address)
+        if slab is None:
+            extent = self._resize_run(index, size) << PAGE_SHIFT
+            form: WordFormat = RUN_WORD
+        else:
+            extent = slab.kind.extent
+            form = SLAB_WORD
+            if size > extent or (not in_place_only and class_of(size).extent * 2 < extent):
+                raise CannotResizeInPlaceError(
+                    f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
+                )
+        self.arena.words[slot] = form.make(BUSY, word_session(word), generation, size)
+        return Grant(slot, address, generation, extent, False)
+
+    def _resize_run(self, first: int, size: int) -> int:
+        """Make a run the right number of pages for `size`; that number."""
+        have, need = self.runs[first], max(pages_for(size), 1)
+        is_big = self.space.is_big(first)
+        if need < have:
+            self.arena.pages.map_edges(first + need, have - need)
+            self.runs[first] = need
+            if is_big:
+                self.space.trim_big(first, need)
+            else:
+                self.space.give(first + need, have - need)
+        elif need > have:
+            grown = self.space.extend_big(first, need) if is_big else self.space.take_at(first + have, need - have)
+            if not grown:
+                raise CannotResizeInPlaceError(
+                    f"the block at {first << PAGE_SHIFT:#x} cannot grow: what follows it is taken"
+                )
+            try:
+                self.space.commit(first + have, need - have)
+            except HeapFullError:
+                if is_big:
+                    self.space.trim_big(first, have)
+                else:
+                    self.space.give(first + have, need - have)
+                raise
+            self.runs[first] = need
+            self.space.describe_run(first, need, first)
+        return need
+
+    # -- whole heap --------------------------------------------------------------------------------------------------
+    def slab_at(self, page: int) -> Slab | None:
+        """The slab that `page` is part of."""
+        return self._slab_of_page.get(page)
+
+    def owns(self, address: int) -> bool:
+        """True if `address` lies in a region of this heap."""
+        return self.space.find_region(address >> PAGE_SHIFT) is not None
+
+    def compact(self) -> Generator[None, None, int]:
+        """Decommit spare pages, yielding between slices; returns bytes of the largest committed free extent before.
+
+        Free pages are coalesced already when they are given back; nothing moves.
+        """
+        largest = max(self.space.largest_committed() << PAGE_SHIFT, self._largest_free_block())
+        while self.space.decommit_spare():
+            yield
+        return largest
+
+    def _largest_free_block(self) -> int:
+        return max((slab.kind.extent for slabs in self.partial for slab in slabs if slab.free), default=0)
+
+    def lent_slots(self) -> Iterator[tuple[int, int]]:
+        """(slot, address) of every block given out; blocks may be taken back meanwhile."""
+        for slab in list(self.slabs.values()):
+            extent, base, slot = slab.kind.extent, slab.base, slab.slot
+            for index in range(slab.carved):
+                if slab.lent[index] and self.slabs.get(slab.first_page) is slab:
+                    yield slot + index, base + index * extent
+        for first in list(self.runs):
+            if first in self.runs:
+                yield self.arena.shape.run_slot(first), first << PAGE_SHIFT
+
+    def close(self) -> None:
+        """Give every page back, whatever is allocated."""
+        self.space.close()
+        self.slabs.clear()
+        self.runs.clear()
+        self._slab_of_page.clear()
+        self.partial.clear()

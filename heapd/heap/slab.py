@@ -1,0 +1,92 @@
+"""A slab: a run of pages cut into equal blocks of one size class, their state words at its head.
+
+The daemon's own truth about a block is `lent`: True from the moment it is given out until it is taken back. What
+the state word says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
+committed as carving reaches them.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from heapd.layout import SLAB_WORD, WORD, slab_descriptor
+from heapd.sizeclass import SizeClass
+from heapd.units import PAGE_SHIFT, PAGE_SIZE
+
+__all__ = ["Slab"]
+
+
+class Slab:
+    """Blocks of one class.
+
+    Fields:
+        kind          SizeClass
+        first_page    of the slab
+        base          address of block 0
+        slot          of block 0's state word
+        lent          bytearray, 1 for each block given out
+        lent_count    how many that are
+        carved        blocks whose pages are committed and that have been given out at least once
+        free          indices of carved blocks that are not lent, most recently taken back last
+    """
+
+    __slots__ = ("base", "carved", "first_page", "free", "kind", "lent", "lent_count", "slot")
+
+    def __init__(self, kind: SizeClass, first_page: int) -> None:
+        self.kind = kind
+        self.first_page = first_page
+        self.base = (first_page << PAGE_SHIFT) + kind.first_offset
+        self.slot = (first_page << PAGE_SHIFT) // WORD + 1
+        self.lent = bytearray(kind.block_count)
+        self.lent_count = 0
+        self.carved = 0
+        self.free: list[int] = []
+
+    def __lt__(self, other: Slab) -> bool:
+        return self.first_page < other.first_page
+
+    def write_head(self, words: memoryview, seed: int) -> None:
+        """Write the descriptor and a free state word for each block; generations count on from `seed`."""
+        kind = self.kind
+        word = SLAB_WORD.make(0, 0, seed & SLAB_WORD.generation_mask, 0)
+        words[self.slot : self.slot + kind.block_count] = memoryview(array("Q", [word]) * kind.block_count)
+        words[self.slot - 1] = slab_descriptor(kind.index)
+
+    @property
+    def is_full(self) -> bool:
+        return self.lent_count == self.kind.block_count
+
+    @property
+    def carved_end(self) -> int:
+        """Address after the last block carved."""
+        return self.base + self.carved * self.kind.extent
+
+    @property
+    def pages_touched(self) -> int:
+        """Pages that head and carved blocks lie on: those are committed, the ones after them are not asked for yet."""
+        return self.pages_until(self.carved)
+
+    def pages_until(self, carved: int) -> int:
+        """Pages that must be committed once `carved` blocks are carved."""
+        return (self.kind.first_offset + carved * self.kind.extent + PAGE_SIZE - 1) >> PAGE_SHIFT
+
+    def index_of(self, address: int) -> int | None:
+        """Index of the block that begins at `address`, None if none does."""
+        index, rest = divmod(address - self.base, self.kind.extent)
+        return index if rest == 0 and 0 <= index < self.kind.block_count else None
+
+    def lend(self) -> int:
+        """Give out a block: the one taken back last, else the next to carve (its pages are committed). Its index."""
+        if self.free:
+            index = self.free.pop()
+        else:
+            index = self.carved
+            self.carved += 1
+        self.lent[index] = 1
+        self.lent_count += 1
+        return index
+
+    def take_back(self, index: int) -> None:
+        self.lent[index] = 0
+        self.lent_count -= 1
+        self.free.append(index)

@@ -1,0 +1,156 @@
+"""A heap as its clients share it: id, name, flags, control block, who has it open, what is published in it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from heapd.arena import Arena
+from heapd.errors import LimitError
+from heapd.heap import Heap
+from heapd.layout import (
+    C_ACQUIRED,
+    C_CONTENDED,
+    C_FLAGS,
+    C_HEAP_ID,
+    C_HOLDER,
+    C_LIVE,
+    C_RECOVERED,
+    C_WAITED_NS,
+    F_FREE_ORPHANS,
+    F_PERSISTENT,
+    HEAP_INDEX_BITS,
+    WORD,
+)
+from heapd.mutex import Mutex, init
+from heapd.records import HeapInfo, Violation
+from heapd.units import PAGE_SHIFT
+
+__all__ = ["Controls", "SharedHeap"]
+
+_INDEX_MASK = (1 << HEAP_INDEX_BITS) - 1
+
+
+@dataclass(slots=True, eq=False)
+class SharedHeap:
+    """Fields: heap_id, name, flags (F_*), heap, creator (session number), is_default, openers (session numbers),
+    names (name -> (slot, address, generation)), orphan_owners (ended sessions that had blocks at the last scan)."""
+
+    heap_id: int
+    name: str | None
+    flags: int
+    heap: Heap
+    creator: int
+    is_default: bool
+    openers: set[int] = field(default_factory=set)
+    names: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    orphan_owners: set[int] = field(default_factory=set)
+    is_destroyed: bool = False
+
+    @property
+    def index(self) -> int:
+        return self.heap_id & _INDEX_MASK
+
+    @property
+    def is_persistent(self) -> bool:
+        return bool(self.flags & F_PERSISTENT)
+
+    @property
+    def frees_orphans(self) -> bool:
+        return bool(self.flags & F_FREE_ORPHANS)
+
+    def info(self, epoch: int, creator_is_live: bool) -> HeapInfo:
+        return HeapInfo(
+            heap_id=self.heap_id,
+            name=self.name,
+            flags=self.flags,
+            maximum=self.heap.maximum,
+            max_block=self.heap.max_block,
+            epoch=epoch,
+            base=next(iter(self.heap.space.regions.values())).first << PAGE_SHIFT,
+            creator=self.creator if creator_is_live else 0,
+            is_default=self.is_default,
+            sessions=len(self.openers),
+        )
+
+
+class Controls:
+    """The control blocks: which are in use; ids of heaps; live words. A block's mutex is initialised once, for good:
+    its page is never punched, and a client may still hold it when the heap is gone."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._limit = arena.shape.heap_limit
+        self._unused: list[int] = []  # given back, most recent last
+        self._next_index = 0
+        self._next_serial = 1
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(arena.segment.mapping))
+
+    def take(self) -> int:
+        """A new heap id; its control block's index is in the low 16 bits. Raises: LimitError, HeapFullError."""
+        for position, index in enumerate(self._unused):
+            if not self._is_held(index):
+                del self._unused[position]
+                break
+        else:
+            index = self._next_index
+            if index >= self._limit:
+                raise LimitError(f"the arena has {self._limit} heaps, its limit; destroy some", limit=self._limit)
+            self._arena.prepare_control(index)
+            init(self._base + self._arena.shape.mutex_address(index))
+            self._next_index += 1
+        heap_id = self._next_serial << HEAP_INDEX_BITS | index
+        self._next_serial += 1
+        return heap_id
+
+    def was_used(self, heap_id: int) -> bool:
+        """True if a heap of that id was made at some time."""
+        return 0 < heap_id >> HEAP_INDEX_BITS < self._next_serial
+
+    def activate(self, heap_id: int, flags: int) -> None:
+        """Fill in the control block; the live word comes last. Counters start at zero."""
+        words, slot = self._arena.words, self._slot(heap_id)
+        words[slot + C_HEAP_ID] = heap_id
+        words[slot + C_FLAGS] = flags
+        for counter in (C_ACQUIRED, C_CONTENDED, C_WAITED_NS, C_RECOVERED, C_HOLDER):
+            words[slot + counter] = 0
+        words[slot + C_LIVE] = (words[slot + C_LIVE] | 1) + 2
+
+    def epoch(self, heap_id: int) -> int:
+        live: int = self._arena.words[self._slot(heap_id) + C_LIVE]
+        return live >> 1
+
+    def bump(self, heap_id: int) -> None:
+        """Make every front end look up at its next operation."""
+        self._arena.words[self._slot(heap_id) + C_LIVE] += 2
+
+    def release(self, heap_id: int) -> None:
+        """The heap is gone: its live word says so first."""
+        words, slot = self._arena.words, self._slot(heap_id)
+        words[slot + C_LIVE] = (words[slot + C_LIVE] & ~1) + 2
+        words[slot + C_HEAP_ID] = 0
+        self._unused.append(heap_id & _INDEX_MASK)
+
+    def violations(self, heap_id: int, flags: int) -> Iterator[Violation]:
+        """What a heap's control block says wrong."""
+        words, slot = self._arena.words, self._slot(heap_id)
+        address = slot * WORD
+        if words[slot + C_HEAP_ID] != heap_id:
+            detail = f"the control block names heap {words[slot + C_HEAP_ID]}, not {heap_id}"
+            yield Violation("control-block", address, 0, detail)
+        if not words[slot + C_LIVE] & 1:
+            yield Violation("control-block", address, 0, "the live word of a living heap says that it is gone")
+        if words[slot + C_FLAGS] != flags:
+            detail = f"the flags are {words[slot + C_FLAGS]:#x}, the heap was made with {flags:#x}"
+            yield Violation("control-block", address, 0, detail)
+
+    def abandon(self, heap_id: int) -> None:
+        """Give back an id that `take` gave and no heap came to use."""
+        self._unused.append(heap_id & _INDEX_MASK)
+
+    def _slot(self, heap_id: int) -> int:
+        return self._arena.shape.control_slot(heap_id & _INDEX_MASK)
+
+    def _is_held(self, index: int) -> bool:
+        return Mutex(self._base + self._arena.shape.mutex_address(index)).owner_tid() != 0
