@@ -1,0 +1,80 @@
+"""The net under the other tests: what a test leaves behind is seen, and what others do is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.harness import RUN_VARIABLE, SEGMENTS, Traces, unique_name, wait_until
+
+
+def test_a_segment_left_behind_is_seen() -> None:
+    """A file heapd-* that is new in /dev/shm is a trace, one that was there before is not."""
+    before = Traces.now()
+    path = SEGMENTS / f"heapd-{unique_name()}"
+    path.touch()
+    try:
+        assert (Traces.now() - before).segments == {path.name}
+        assert not Traces.now() - Traces.now()
+    finally:
+        path.unlink()
+
+
+def test_a_segment_of_another_run_is_not_ours() -> None:
+    """Two test runs on one machine do not fail each other."""
+    before = Traces.now()
+    path = SEGMENTS / f"heapd-t{os.getpid() + 1}-abc"
+    path.touch()
+    try:
+        assert not Traces.now() - before
+    finally:
+        path.unlink()
+
+
+def test_a_process_left_behind_is_seen_and_removed() -> None:
+    """A child is a trace while it lives."""
+    before = Traces.now()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    left = Traces.now() - before
+    assert [pid for pid, _ in left.processes] == [child.pid]
+    left.remove()
+    assert child.wait() < 0
+    child.communicate()
+    assert not Traces.now() - before
+
+
+ORPHAN = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.DEVNULL).pid)
+"""
+
+
+def test_an_orphan_is_seen() -> None:
+    """A grandchild whose parent has ended is known by its environment."""
+    before = Traces.now()
+    orphan = int(subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, check=True).stdout)
+    left = wait_until(lambda: Traces.now() - before)
+    assert [pid for pid, _ in left.processes] == [orphan]
+    left.remove()
+    wait_until(lambda: not Traces.now() - before)
+
+
+def test_a_context_left_behind_is_seen() -> None:
+    """A ZeroMQ context is a trace until it is terminated."""
+    zmq = pytest.importorskip("zmq")
+    before = Traces.now()
+    context = zmq.Context()
+    with context.socket(zmq.DEALER):
+        assert (Traces.now() - before).contexts
+    context.term()
+    wait_until(lambda: not Traces.now() - before)
+
+
+def test_wait_until_gives_up_at_its_deadline() -> None:
+    """A condition that stays false fails the test, and the failure says which it was."""
+    with pytest.raises(AssertionError, match=r"not within 0\.01 s: the moon is blue"):
+        wait_until(lambda: False, 0.01, "the moon is blue")
+    assert os.environ[RUN_VARIABLE].startswith(f"t{os.getpid()}-")
