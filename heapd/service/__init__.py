@@ -1,1 +1,22 @@
+"""Dispatch: messages in, messages out; no socket, no thread, no clock of its own."""
 
+from heapd.service.backend import Caller, Job, Manager, Peer, Session, Waiter
+from heapd.service.histogram import Histogram
+from heapd.service.pending import Deferred, ReplyMemory, RunningJob
+from heapd.service.service import Answer, Identity, Service
+
+__all__ = [
+    "Answer",
+    "Caller",
+    "Deferred",
+    "Histogram",
+    "Identity",
+    "Job",
+    "Manager",
+    "Peer",
+    "ReplyMemory",
+    "RunningJob",
+    "Service",
+    "Session",
+    "Waiter",
+]

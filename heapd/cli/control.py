@@ -1,0 +1,55 @@
+"""A few questions to a daemon's control socket, without a session: what status and stop need."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import zmq
+
+from heapd.errors import DaemonLostError, DaemonNotFoundError, error_from_wire
+from heapd.wire import Endpoint, Request, check_directory, decode_reply, encode_request
+
+__all__ = ["ask"]
+
+
+def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
+    """The daemon's answer to a control request.
+
+    Raises: DaemonNotFoundError if nobody listens; DaemonLostError if no answer comes within `timeout_s`; SegmentError
+            if somebody else could have put the socket there; whatever error the daemon answers.
+    """
+    check_listening(endpoint)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        with context.socket(zmq.DEALER) as dealer:
+            dealer.set(zmq.LINGER, 0)
+            dealer.connect(endpoint.control)
+            dealer.send(encode_request(request, 1))
+            if not dealer.poll(int(timeout_s * 1000)):
+                raise DaemonLostError(f"the daemon at {endpoint} did not answer within {timeout_s:g} s")
+            reply = decode_reply(dealer.recv())
+    finally:
+        context.term()
+    if reply.code:
+        raise error_from_wire(reply.code, *reply.payload)
+    return reply.payload
+
+
+def check_listening(endpoint: Endpoint) -> None:
+    """Raises: DaemonNotFoundError if nobody listens at the endpoint: zmq itself would wait for somebody to come."""
+    if not os.path.lexists(endpoint.control_path):
+        raise _not_found(endpoint)
+    check_directory(endpoint.directory)
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(endpoint.control_path)
+        except OSError:
+            raise _not_found(endpoint) from None
+
+
+def _not_found(endpoint: Endpoint) -> DaemonNotFoundError:
+    return DaemonNotFoundError(
+        f"no daemon answers at {endpoint}; start one with `heapd serve -e {endpoint}`", endpoint=str(endpoint)
+    )

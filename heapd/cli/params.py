@@ -1,0 +1,82 @@
+"""Option types and options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from heapd.errors import InvalidArgumentError
+from heapd.units import format_size, parse_size
+from heapd.wire import Endpoint
+
+__all__ = ["ENDPOINT", "SIZE", "EndpointType", "SizeType", "endpoint_option", "json_option"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+if TYPE_CHECKING:
+    _IntType = click.ParamType[int]
+    _EndpointType = click.ParamType[Endpoint]
+else:  # generic in newer versions of click only
+    _IntType = _EndpointType = click.ParamType
+
+
+class SizeType(_IntType):
+    """Bytes, written 4096, 64KiB, 1.5GiB; the value is an int."""
+
+    name = "size"
+
+    def __init__(self, minimum: int = 0) -> None:
+        self._minimum = minimum
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            size = parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if size < self._minimum:
+            self.fail(f"{format_size(size)} is less than {format_size(self._minimum)}", param, ctx)
+        if size >= 2**63:
+            self.fail("that is more than any machine has", param, ctx)
+        return size
+
+
+class EndpointType(_EndpointType):
+    """A daemon's name or ipc://DIRECTORY/NAME; the value is an Endpoint."""
+
+    name = "endpoint"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Endpoint:
+        if isinstance(value, Endpoint):
+            return value
+        try:
+            return Endpoint.parse(value)
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = SizeType()
+ENDPOINT = EndpointType()
+
+
+def endpoint_option(command: Command) -> Command:
+    """Give a command `--endpoint/-e`; it is called with `endpoint`, an Endpoint."""
+    option = click.option(
+        "--endpoint",
+        "-e",
+        type=ENDPOINT,
+        envvar="HEAPD_ENDPOINT",
+        default=Endpoint.parse,
+        show_default="$HEAPD_ENDPOINT, else the daemon named default",
+        help="Which daemon: its name, or ipc://DIRECTORY/NAME.",
+    )
+    return option(command)
+
+
+def json_option(command: Command) -> Command:
+    """Give a command `--json`; it is called with `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)

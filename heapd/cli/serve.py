@@ -1,0 +1,82 @@
+"""`heapd serve`: a daemon in the foreground."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+
+import click
+
+from heapd.cli.params import ENDPOINT, SIZE
+from heapd.errors import InvalidArgumentError
+from heapd.wire import DEFAULT_NAME, Endpoint, runtime_directory
+
+__all__ = ["serve"]
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+@click.command()
+@click.option("--name", help=f"The daemon's name.  [default: {DEFAULT_NAME}]")
+@click.option("--runtime-dir", type=click.Path(file_okay=False), help="Directory of its sockets; made 0700.")
+@click.option("--endpoint", "-e", type=ENDPOINT, help="Both in one: NAME or ipc://DIRECTORY/NAME.")
+@click.option("--reserve", type=SIZE, default="64GiB", show_default=True, help="Address space of the arena; sparse.")
+@click.option(
+    "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"
+)
+@click.option("--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS",
+              help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
+@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
+@click.option(
+    "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line here once clients are answered."
+)
+def serve(
+    name: str | None,
+    runtime_dir: str | None,
+    endpoint: Endpoint | None,
+    reserve: int,
+    commit_limit: int | None,
+    idle_exit: float | None,
+    log_level: str,
+    ready_fd: int | None,
+) -> None:
+    """Run a daemon in the foreground until SIGTERM, Ctrl-C or `heapd stop`.
+
+    It logs to stderr, and refuses to start where one of its name serves already.
+    """
+    from heapd.server import Config
+    from heapd.server import serve as run
+
+    if endpoint is not None and (name or runtime_dir):
+        raise click.UsageError("--endpoint says it all: leave --name and --runtime-dir away")
+    if ready_fd is not None:
+        _check_open(ready_fd)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    faulthandler.enable()  # a SIGBUS cannot be handled, only explained
+    run(
+        Config(
+            endpoint=endpoint or _endpoint(name, runtime_dir),
+            reserve=reserve,
+            commit_limit=commit_limit,
+            idle_exit_s=idle_exit,
+            ready_fd=ready_fd,
+        )
+    )
+
+
+def _endpoint(name: str | None, runtime_dir: str | None) -> Endpoint:
+    """The endpoint that the two options stand for; $HEAPD_ENDPOINT where neither is given."""
+    try:
+        if name is None and runtime_dir is None:
+            return Endpoint.parse()
+        return Endpoint(runtime_dir or runtime_directory(), name or DEFAULT_NAME)
+    except InvalidArgumentError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _check_open(descriptor: int) -> None:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        raise click.BadParameter(f"descriptor {descriptor} is not open", param_hint="--ready-fd") from None
