@@ -21,9 +21,13 @@ the directory and no page of the map behind it, and a read of an uncommitted pag
 
 State word: the whole truth about one block. Moved from one state to the next by one aligned 8-byte store.
 
-    bits 62-63  state       FREE 0, CACHED 1, BUSY 2
-    bits 48-61  session     who holds or caches it, 0 when FREE
-    bits 0-47   generation and requested size: slab blocks 31 + 17 bits, runs 12 + 36 bits
+    top bits    generation  31 bits for slab blocks, 12 for runs
+    2 bits      state       FREE 0, CACHED 1, BUSY 2
+    14 bits     session     who holds or caches it, 0 when FREE
+    low bits    requested   size in bytes: 17 bits for slab blocks, 36 for runs; 0 unless BUSY
+
+The generation is on top so that a front end counts it up by one addition and no mask: the store of a word that ran
+over is refused, and the slow path starts again from 1.
 
 Slab head: word 0 is the descriptor (magic, class index), then a state word for each block; geometry follows from the
 class (sizeclass.py).
@@ -69,7 +73,7 @@ STARTING: Final = 1
 RUNNING: Final = 2
 STOPPED: Final = 3
 
-# -- control block: slots from its first ---------------------------------------------------------------------------------
+# -- control block: slots from its first -----------------------------------------------------------------------------
 CONTROL_SIZE: Final = 256
 C_LIVE: Final = 0  # epoch << 1 | 1 while the heap lives; changes when front ends must look up
 C_HEAP_ID: Final = 1  # id of the heap that uses this control block, 0 for none
@@ -131,31 +135,36 @@ FREE: Final = 0
 CACHED: Final = 1
 BUSY: Final = 2
 
-STATE_SHIFT: Final = 62
-SESSION_SHIFT: Final = 48
 SESSION_MASK: Final = (1 << 14) - 1  # sessions are numbered from 1 to this
-LOW_MASK: Final = (1 << 48) - 1
 
 
-@dataclass(frozen=True, slots=True)
 class WordFormat:
-    """How the low 48 bits of a state word divide: `size_bits` for the requested size, the rest for the generation."""
+    """How a state word divides, given the bits of the requested size.
 
-    size_bits: int
+    Fields: size_bits, size_mask, session_shift, state_shift, generation_shift, generation_mask (of a generation).
+    """
 
-    @property
-    def size_mask(self) -> int:
-        return (1 << self.size_bits) - 1
+    __slots__ = ("generation_mask", "generation_shift", "session_shift", "size_bits", "size_mask", "state_shift")
 
-    @property
-    def generation_mask(self) -> int:
-        return (1 << 48 - self.size_bits) - 1
+    def __init__(self, size_bits: int) -> None:
+        self.size_bits = size_bits
+        self.size_mask = (1 << size_bits) - 1
+        self.session_shift = size_bits
+        self.state_shift = size_bits + 14
+        self.generation_shift = size_bits + 16
+        self.generation_mask = (1 << 64 - self.generation_shift) - 1
 
     def make(self, state: int, session: int, generation: int, size: int) -> int:
-        return state << STATE_SHIFT | session << SESSION_SHIFT | generation << self.size_bits | size
+        return generation << self.generation_shift | state << self.state_shift | session << self.session_shift | size
+
+    def state(self, word: int) -> int:
+        return word >> self.state_shift & 3
+
+    def session(self, word: int) -> int:
+        return word >> self.session_shift & SESSION_MASK
 
     def generation(self, word: int) -> int:
-        return (word & LOW_MASK) >> self.size_bits
+        return word >> self.generation_shift
 
     def size(self, word: int) -> int:
         return word & self.size_mask
@@ -163,14 +172,6 @@ class WordFormat:
     def next_generation(self, generation: int) -> int:
         """The one after; 0 is skipped, so that a handle of zeros never names a block."""
         return (generation + 1) & self.generation_mask or 1
-
-
-def word_state(word: int) -> int:
-    return word >> STATE_SHIFT
-
-
-def word_session(word: int) -> int:
-    return word >> SESSION_SHIFT & SESSION_MASK
 
 
 SLAB_WORD: Final = WordFormat(17)

@@ -60,8 +60,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text[:40]!r} is no size; write bytes or a suffix, such as 4096, 64KiB or 1.5GiB")
-    return int(float(match[1]) * _SUFFIXES[match[2].lower()]) if "." in match[1] else (
-        int(match[1]) * _SUFFIXES[match[2].lower()]
+    return (
+        int(float(match[1]) * _SUFFIXES[match[2].lower()])
+        if "." in match[1]
+        else (int(match[1]) * _SUFFIXES[match[2].lower()])
     )
 
 

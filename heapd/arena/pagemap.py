@@ -81,7 +81,7 @@ class PageMap:
         self._words[self._directory + chunk] = MAPPED  # last: readers may look there from now on
 
     def set(self, first: int, count: int, word: int) -> None:
-        """Give the pages of a range one word. The caller has mapped its edges (`map_edges`): nothing is committed here."""
+        """Give the pages of a range one word; its edges are mapped (`map_edges`), so that nothing is committed here."""
         end = first + count
         while first < end:
             chunk = first >> CHUNK_SHIFT

@@ -26,7 +26,7 @@ _patching = threading.Lock()
 
 
 class _Untracked(shared_memory.SharedMemory):
-    """SharedMemory that the resource tracker never hears of, and that is silent when it is collected with live views."""
+    """SharedMemory that the resource tracker never hears of, silent when it is collected with live views."""
 
     def __del__(self) -> None:
         pass  # the base class would close() and complain of views; the kernel unmaps at exit
@@ -69,7 +69,8 @@ class Segment:
         self.name = name
         self.size = memory.size
         self.fd = os.open(SHM_DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        self.buffer: memoryview = memory.buf
+        assert memory.buf is not None  # typed so for closed ones
+        self.buffer = memory.buf
         self.mapping = cast(mmap, self.buffer.obj)
         self.words = self.buffer.cast("Q")
 
@@ -82,7 +83,7 @@ class Segment:
         try:
             memory = _open(name, size)
         except FileExistsError:
-            raise SegmentError(f"the shared memory segment {name} exists already; `heapd gc` removes what nobody owns")
+            raise SegmentError(f"the shared memory segment {name} exists already") from None
         except OSError as error:
             raise SegmentError(f"cannot create the shared memory segment {name} of {size} bytes: {error}") from error
         segment = cls(memory, name)
@@ -98,7 +99,7 @@ class Segment:
         try:
             status = os.lstat(SHM_DIRECTORY / name)
         except FileNotFoundError:
-            raise SegmentError(f"there is no shared memory segment {name}")
+            raise SegmentError(f"there is no shared memory segment {name}") from None
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise SegmentError(f"the shared memory segment {name} is not a private file of this user")
         return cls(_open(name, 0), name)

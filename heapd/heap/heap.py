@@ -22,7 +22,7 @@ from heapd.errors import (
 )
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.layout import BUSY, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat, word_session, word_state
+from heapd.layout import BUSY, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
@@ -278,7 +278,7 @@ class Heap:
         """The state word at `slot`, if it is of a busy block of that generation."""
         word: int = self.arena.words[slot]
         form = self.arena.shape.word_format(slot)
-        if word_state(word) != BUSY:
+        if form.state(word) != BUSY:
             raise DoubleFreeError(f"the block at {address:#x} is free already")
         if form.generation(word) != generation:
             raise StaleHandleError(
@@ -309,7 +309,7 @@ class Heap:
                 raise CannotResizeInPlaceError(
                     f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
                 )
-        self.arena.words[slot] = form.make(BUSY, word_session(word), generation, size)
+        self.arena.words[slot] = form.make(BUSY, form.session(word), generation, size)
         return Grant(slot, address, generation, extent, False)
 
     def _resize_run(self, first: int, size: int) -> int:

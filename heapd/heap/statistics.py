@@ -17,8 +17,6 @@ from heapd.layout import (
     CACHED,
     RUN_WORD,
     SLAB_WORD,
-    word_session,
-    word_state,
 )
 from heapd.records import EntryKind, HeapStatistics
 from heapd.units import PAGE_SHIFT
@@ -106,13 +104,13 @@ def collect_statistics(heap: Heap, is_live: IsLive) -> Generator[None, None, Hea
 def _add_slab(sums: _Sums, heap: Heap, slab: Slab, is_live: IsLive) -> None:
     kind, lent = slab.kind, slab.lent
     for index, word in enumerate(heap.arena.words[slab.slot : slab.slot + slab.carved].tolist()):
-        state = word_state(word)
+        state = SLAB_WORD.state(word)
         if not lent[index] or state not in (BUSY, CACHED):
             sums.add_free(kind.extent)
         elif state == CACHED:
             sums.add_cached(kind.extent)
         else:
-            sums.add_busy(min(SLAB_WORD.size(word), kind.extent), kind.extent, is_live(word_session(word)))
+            sums.add_busy(min(SLAB_WORD.size(word), kind.extent), kind.extent, is_live(SLAB_WORD.session(word)))
     committed = heap.arena.committed_in(slab.first_page, kind.page_count)
     sums.committed += committed << PAGE_SHIFT
     sums.uncommitted += (kind.page_count - committed) << PAGE_SHIFT
@@ -127,12 +125,12 @@ def _add_slab(sums: _Sums, heap: Heap, slab: Slab, is_live: IsLive) -> None:
 def _add_run(sums: _Sums, heap: Heap, first: int, is_live: IsLive) -> None:
     word = heap.arena.words[heap.arena.shape.run_slot(first)]
     extent = heap.runs[first] << PAGE_SHIFT
-    state = word_state(word)
+    state = RUN_WORD.state(word)
     committed = heap.arena.committed_in(first, heap.runs[first]) << PAGE_SHIFT
     sums.committed += committed
     sums.uncommitted += extent - committed
     if state == BUSY:
-        sums.add_busy(min(RUN_WORD.size(word), committed), committed, is_live(word_session(word)))
+        sums.add_busy(min(RUN_WORD.size(word), committed), committed, is_live(RUN_WORD.session(word)))
     elif state == CACHED:
         sums.add_cached(committed)
     else:

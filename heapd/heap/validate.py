@@ -22,10 +22,9 @@ from heapd.layout import (
     KIND_SPARE,
     RUN_WORD,
     SLAB_WORD,
-    split_page_word,
+    WordFormat,
     slab_class_index,
-    word_session,
-    word_state,
+    split_page_word,
 )
 from heapd.records import Violation
 from heapd.units import PAGE_SHIFT
@@ -81,17 +80,20 @@ def validate_block(heap: Heap, address: int, is_known: IsKnown) -> list[Violatio
         if not slab.lent[index]:
             return [Violation("free-block", address, 0, "the block is free")]
         word = heap.arena.words[slab.slot + index]
-        return [*_check_lent_word(word, address, slab.kind.extent, True, is_known), *_check_busy(word, address)]
+        return [
+            *_check_lent_word(SLAB_WORD, word, address, slab.kind.extent, is_known),
+            *_check_busy(SLAB_WORD, word, address),
+        ]
     if address % (1 << PAGE_SHIFT) or page not in heap.runs:
         return [Violation("not-a-block", address, 0, "no block begins here")]
     word = heap.arena.words[heap.arena.shape.run_slot(page)]
     extent = heap.runs[page] << PAGE_SHIFT
-    return [*_check_lent_word(word, address, extent, False, is_known), *_check_busy(word, address)]
+    return [*_check_lent_word(RUN_WORD, word, address, extent, is_known), *_check_busy(RUN_WORD, word, address)]
 
 
-def _check_busy(word: int, address: int) -> Iterator[Violation]:
-    if word_state(word) == CACHED:
-        yield Violation("free-block", address, word_session(word), "the block is free, in a front end's cache")
+def _check_busy(form: WordFormat, word: int, address: int) -> Iterator[Violation]:
+    if form.state(word) == CACHED:
+        yield Violation("free-block", address, form.session(word), "the block is free, in a front end's cache")
 
 
 def _check_tiling(heap: Heap, region: Region) -> Iterator[Violation]:
@@ -140,22 +142,19 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
     for index, word in enumerate(arena.words[slab.slot : slab.slot + slab.carved].tolist()):
         block = slab.base + index * kind.extent
         if slab.lent[index]:
-            yield from _check_lent_word(word, block, kind.extent, True, is_known)
-        elif word_state(word) != FREE or word_session(word):
-            detail = f"a free block's state word says {_NAMES.get(word_state(word), 'nonsense')}"
-            yield Violation("state-word", block, word_session(word), detail)
+            yield from _check_lent_word(SLAB_WORD, word, block, kind.extent, is_known)
+        elif SLAB_WORD.state(word) != FREE or SLAB_WORD.session(word):
+            detail = f"a free block's state word says {_NAMES.get(SLAB_WORD.state(word), 'nonsense')}"
+            yield Violation("state-word", block, SLAB_WORD.session(word), detail)
 
 
 def _check_run(heap: Heap, first: int, is_known: IsKnown) -> Iterator[Violation]:
     word = heap.arena.words[heap.arena.shape.run_slot(first)]
-    yield from _check_lent_word(word, first << PAGE_SHIFT, heap.runs[first] << PAGE_SHIFT, False, is_known)
+    yield from _check_lent_word(RUN_WORD, word, first << PAGE_SHIFT, heap.runs[first] << PAGE_SHIFT, is_known)
 
 
-def _check_lent_word(
-    word: int, address: int, extent: int, in_slab: bool, is_known: IsKnown
-) -> Iterator[Violation]:
-    form = SLAB_WORD if in_slab else RUN_WORD
-    state, session = word_state(word), word_session(word)
+def _check_lent_word(form: WordFormat, word: int, address: int, extent: int, is_known: IsKnown) -> Iterator[Violation]:
+    state, session = form.state(word), form.session(word)
     if state not in (BUSY, CACHED):
         yield Violation("state-word", address, session, "a block that was given out has a state word that says free")
     elif not is_known(session):
@@ -163,5 +162,3 @@ def _check_lent_word(
     elif state == BUSY and form.size(word) > extent:
         detail = f"the state word says {form.size(word)} bytes, the block has {extent}"
         yield Violation("state-word", address, session, detail)
-
-

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from heapd.heap.heap import Heap
 from heapd.heap.slab import Slab
 from heapd.heap.space import Region
-from heapd.layout import BUSY, CACHED, RUN_WORD, SLAB_WORD, word_session, word_state
+from heapd.layout import BUSY, CACHED, RUN_WORD, SLAB_WORD
 from heapd.records import Entry, EntryKind
 from heapd.units import PAGE_SHIFT, PAGE_SIZE
 
@@ -105,7 +105,7 @@ def run_entry(heap: Heap, first: int, index: int, is_live: IsLive) -> Entry:
     """The entry of the run that begins at page `first`."""
     word = heap.arena.words[heap.arena.shape.run_slot(first)]
     extent = heap.runs[first] << PAGE_SHIFT
-    state, session = word_state(word), word_session(word)
+    state, session = RUN_WORD.state(word), RUN_WORD.session(word)
     kind = EntryKind.BUSY if state == BUSY else EntryKind.CACHED if state == CACHED else EntryKind.FREE
     size = min(RUN_WORD.size(word), extent) if state == BUSY else extent
     orphaned = state == BUSY and not is_live(session)
@@ -121,7 +121,7 @@ def _slab_entries(heap: Heap, slab: Slab, index: int, skip: int, is_live: IsLive
     first = max(0, (skip - slab.base + extent - 1) // extent)
     words = heap.arena.words[slab.slot + first : slab.slot + slab.carved].tolist() if first < slab.carved else []
     for number, word in enumerate(words, first):
-        state, session = word_state(word), word_session(word)
+        state, session = SLAB_WORD.state(word), SLAB_WORD.session(word)
         generation = SLAB_WORD.generation(word)
         address = slab.base + number * extent
         if state == BUSY and slab.lent[number]:

@@ -35,8 +35,6 @@ from heapd.layout import (
     F_PERSISTENT,
     F_SERIALIZE,
     HEAP_INDEX_BITS,
-    word_session,
-    word_state,
 )
 from heapd.manager.executable import check_executable
 from heapd.manager.names import Waiter, WaitingRoom
@@ -157,16 +155,14 @@ class HeapManager:
         heap's policy, those it had allocated; note which ended sessions still own some."""
         heap, words = shared.heap, self.arena.words
         owners: set[int] = set()
-        seen = 0
-        for slot, address in heap.lent_slots():
-            word = words[slot]
-            number = word_session(word)
-            if number == session.number and (word_state(word) != BUSY or shared.frees_orphans):
+        for seen, (slot, address) in enumerate(heap.lent_slots(), 1):
+            word, form = words[slot], self.arena.shape.word_format(slot)
+            number = form.session(word)
+            if number == session.number and (form.state(word) != BUSY or shared.frees_orphans):
                 slab, index, _ = heap.locate(address)
                 heap.take_back(slab, index, slot)
             elif not self.sessions.is_live(number):
                 owners.add(number)
-            seen += 1
             if seen % _WORDS_A_SLICE == 0:
                 yield
                 if shared.is_destroyed:
@@ -221,7 +217,9 @@ class HeapManager:
         is_default: bool = False,
     ) -> SharedHeap:
         if len(self.heaps) >= self.limits.heaps:
-            raise LimitError(f"the daemon has {len(self.heaps)} heaps, its limit; destroy some", limit=self.limits.heaps)
+            raise LimitError(
+                f"the daemon has {len(self.heaps)} heaps, its limit; destroy some", limit=self.limits.heaps
+            )
         heap_id = self._controls.take()
         index = heap_id & ((1 << HEAP_INDEX_BITS) - 1)
         try:
@@ -556,5 +554,3 @@ class HeapManager:
     def shutdown(self) -> None:
         """Mark the arena as stopped on purpose and unlink it."""
         self.arena.stop()
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from heapd.errors import HeapDestroyedError, HeapdError, WaitTimeoutError
+from heapd.errors import HeapdError, HeapDestroyedError, WaitTimeoutError
 from heapd.records import Publication, as_tuple
 
 if TYPE_CHECKING:

@@ -69,7 +69,9 @@ class Sessions:
     def open(self, pid: int, uid: int, now_ns: int) -> Session:
         """Raises: LimitError if there are as many as may be."""
         if len(self._by_number) >= self._limit or not self._unused:
-            raise LimitError(f"the daemon has {len(self._by_number)} sessions, its limit; close some", limit=self._limit)
+            raise LimitError(
+                f"the daemon has {len(self._by_number)} sessions, its limit; close some", limit=self._limit
+            )
         session = Session(self._unused.popleft(), os.urandom(TOKEN_BYTES), pid, uid, now_ns)
         self._by_token[session.token] = session
         self._by_number[session.number] = session

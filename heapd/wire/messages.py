@@ -358,4 +358,3 @@ OPS: Final[dict[int, type[Request]]] = {
         HeapCompact, HeapStatisticsGet, NamePublish, NameLookup, NameUnpublish, NameList,
     )
 }  # fmt: skip
-
