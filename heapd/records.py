@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "ArenaStatistics",
@@ -76,9 +76,8 @@ class Entry:
     is_run: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A block as the back end gives it out.
+class Grant(NamedTuple):
+    """A block as the back end gives it out; a tuple already, because one is made for every allocation.
 
     Fields: slot (of its state word), address, generation, extent (bytes it occupies),
     fresh (True: its pages were committed for it and read as zero).

@@ -31,6 +31,8 @@ __all__ = ["Heap", "SLICE_BYTES"]
 
 SLICE_BYTES = 16 * MIB  # 4 to 10 ms of commit; a larger block takes `alloc_in_slices`
 SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
+_SLAB_GENERATION = SLAB_WORD.generation_shift
+_SLAB_GENERATIONS = SLAB_WORD.generation_mask
 _FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
 
 
@@ -123,14 +125,15 @@ class Heap:
             )
 
     def _alloc_small(self, kind: SizeClass, size: int, session: int) -> Grant:
-        slab = self._slab_with_room(kind)
+        partial = self.partial[kind.index]
+        slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
         index = slab.lend()
-        if slab.is_full:
-            del self.partial[kind.index][0]
+        if slab.lent_count == kind.block_count:
+            del partial[0]
         self.allocations += 1
         slot = slab.slot + index
         words = self.arena.words
-        generation = SLAB_WORD.next_generation(SLAB_WORD.generation(words[slot]))
+        generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
         words[slot] = SLAB_WORD.make(BUSY, session, generation, size)
         return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
 

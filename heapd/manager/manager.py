@@ -328,11 +328,11 @@ class HeapManager:
         return [self._info(shared) for shared in wanted if shared.heap_id > request.after][: request.limit]
 
     # -- blocks ------------------------------------------------------------------------------------------------------
-    def _alloc(self, session: Session, request: m.HeapAlloc) -> tuple[Any, ...] | Job:
+    def _alloc(self, session: Session, request: m.HeapAlloc) -> Grant | Job:
         shared = session.heaps.get(request.heap) or self._locate(session, request.heap)
         if request.size > SLICE_BYTES:
             return self._alloc_large(session, shared, request.size)
-        return as_tuple(shared.heap.alloc(request.size, session.number))
+        return shared.heap.alloc(request.size, session.number)
 
     def _alloc_large(self, session: Session, shared: SharedHeap, size: int) -> Job:
         grant = yield from shared.heap.alloc_in_slices(size, session.number)
@@ -340,9 +340,9 @@ class HeapManager:
             # The session ended while its block was committed: nobody will ever hear of the block.
             shared.heap.free(grant.address, grant.generation)
             yield from self._settle()
-        return as_tuple(grant)
+        return grant
 
-    def _alloc_many(self, session: Session, request: m.HeapAllocMany) -> list[tuple[Any, ...]] | Job:
+    def _alloc_many(self, session: Session, request: m.HeapAllocMany) -> list[Grant] | Job:
         shared = self._locate(session, request.heap)
         sizes = request.sizes
         for size in sizes:
@@ -356,7 +356,7 @@ class HeapManager:
         except HeapFullError:
             self._undo(shared, grants)
             raise
-        return [as_tuple(grant) for grant in grants]
+        return grants
 
     def _alloc_many_large(self, session: Session, shared: SharedHeap, sizes: list[int]) -> Job:
         grants: list[Grant] = []
@@ -378,14 +378,14 @@ class HeapManager:
             raise
         if not session.is_live and not shared.is_destroyed:
             self._undo(shared, grants)
-        return [as_tuple(grant) for grant in grants]
+        return grants
 
     @staticmethod
     def _undo(shared: SharedHeap, grants: list[Grant]) -> None:
         for grant in grants:
             shared.heap.free(grant.address, grant.generation)
 
-    def _resize(self, session: Session, request: m.HeapResize) -> tuple[Any, ...] | Job:
+    def _resize(self, session: Session, request: m.HeapResize) -> Grant | Job:
         shared = self._locate(session, request.heap)
         try:
             grant = shared.heap.resize(
@@ -393,7 +393,7 @@ class HeapManager:
             )
         except NotABlockError as error:
             raise self._explain(shared, request.address, error) from None
-        return as_tuple(grant) if self.arena.is_settled else self._settle_then(as_tuple(grant))
+        return grant if self.arena.is_settled else self._settle_then(grant)
 
     def _settle_then(self, answer: Any) -> Job:
         yield from self._settle()

@@ -128,7 +128,7 @@ class Service:
                     f"{memory.unfinished} requests of this session are unfinished; wait for some", limit=_MAX_UNFINISHED
                 )
             outcome = self._manager.handle(session, request)
-            if outcome is None or type(outcome) is tuple or type(outcome) is list:
+            if outcome is None or isinstance(outcome, (tuple, list)):
                 return encode_reply(request_id, outcome)
             if isinstance(outcome, GeneratorType):
                 job = RunningJob(outcome, request.name, request_id, memory)
