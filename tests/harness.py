@@ -20,6 +20,7 @@ _RUN = f"t{os.getpid()}-{secrets.token_hex(4)}"
 _RUN_MARK = f"{RUN_VARIABLE}={_RUN}".encode()
 # They end with the test run, by design of multiprocessing.
 _LASTING = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+_strangers: set[int] = set()  # pids found not to be this run's, so that a scan reads only what is new
 
 
 def unique_name() -> str:
@@ -100,13 +101,14 @@ def _is_strangers(name: str) -> bool:
 
 def _processes() -> Iterable[tuple[int, str]]:
     """Living processes of this run: its children, and whatever carries its mark; (pid, command)."""
-    for pid in _pids():
-        if pid == os.getpid():
-            continue
+    pids = set(_pids())
+    _strangers.intersection_update(pids)
+    for pid in pids - _strangers - {os.getpid()}:
         state = _read(pid, "stat").rpartition(b") ")[2].split()  # state, parent, ...
         if len(state) < 2 or state[0] in b"ZX":
             continue
         if int(state[1]) != os.getpid() and _RUN_MARK not in _read(pid, "environ").split(b"\0"):
+            _strangers.add(pid)
             continue
         command = _read(pid, "cmdline")
         if not any(lasting in command for lasting in _LASTING):
