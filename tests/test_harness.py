@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import RUN_VARIABLE, SEGMENTS, Traces, unique_name, wait_until
+from tests.harness import RUN_VARIABLE, SEGMENTS, Daemon, Traces, unique_name, wait_until
+
+if TYPE_CHECKING:
+    import heapd_client
 
 
 def test_a_segment_left_behind_is_seen() -> None:
@@ -78,3 +83,32 @@ def test_wait_until_gives_up_at_its_deadline() -> None:
     with pytest.raises(AssertionError, match=r"not within 0\.01 s: the moon is blue"):
         wait_until(lambda: False, 0.01, "the moon is blue")
     assert os.environ[RUN_VARIABLE].startswith(f"t{os.getpid()}-")
+
+
+def test_the_daemon_fixture_serves_and_ends_cleanly(daemon: Daemon) -> None:
+    """A test's daemon answers status under its own name, and its segment is gone after stop."""
+    status = daemon.status()
+    assert (status["name"], status["endpoint"]) == (daemon.name, daemon.endpoint)
+    assert daemon.segments() == [status["segment"]]
+    assert daemon.pid > 0
+    assert daemon.stop() == 0
+    assert daemon.segments() == []
+
+
+def test_a_killed_daemons_segment_is_removed_with_the_test(daemon: Daemon) -> None:
+    """A test may kill its daemon; what that leaves is cleared away."""
+    daemon.kill()
+    assert not daemon.is_running
+    assert daemon.segments()
+
+
+def test_a_daemon_that_cannot_start_shows_its_log(runtime_dir: Path) -> None:
+    """Waiting for a daemon that ended fails at once, with what it said."""
+    daemon = Daemon(runtime_dir, unique_name(), ["--no-such-option"])
+    with pytest.raises(AssertionError, match="--no-such-option"):
+        daemon.status()
+
+
+def test_the_session_fixture_is_a_session_of_the_daemon(daemon: Daemon, session: heapd_client.Session) -> None:
+    """`session` and `daemon` belong together."""
+    assert session.endpoint == daemon.endpoint
