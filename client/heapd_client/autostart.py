@@ -1,0 +1,95 @@
+"""Start a daemon for an endpoint where none answers, detached from this process, and wait until it answers.
+
+Any number of processes may do so at once: the daemon takes a lock before it binds, so that one of them wins, the other
+daemons end, and every starter connects to the winner. A daemon started so ends by itself when it has been idle.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from time import monotonic, sleep
+from typing import Final
+
+import heapd
+from heapd.errors import DaemonNotFoundError
+from heapd.wire import Endpoint, make_directory
+
+from .control import is_answering
+
+__all__ = ["start_daemon"]
+
+IDLE_EXIT_S: Final = 10  # arbitrary: survives a script that is run again, is gone soon after the last
+_POLL_S: Final = 0.01
+
+# Through a shell, so that the daemon is nobody's child here: no zombie, and no process object to keep.
+_SHELL: Final = 'umask 077; exec </dev/null 2>>"$0"; "$@" >&2 & echo $!'
+
+
+def start_daemon(endpoint: Endpoint, timeout_s: float) -> None:
+    """Have a daemon answer at `endpoint`, started here or by somebody else.
+
+    Raises: SegmentError if the runtime directory cannot be used; DaemonNotFoundError if no daemon answers within
+            `timeout_s` seconds, with the end of its log.
+    """
+    make_directory(endpoint.directory)
+    deadline = monotonic() + timeout_s
+    log = os.path.join(endpoint.directory, f"{endpoint.name}.log")
+    pid = _spawn(endpoint, log)
+    gone_at: float | None = None
+    while not is_answering(endpoint.control_path):
+        now = monotonic()
+        if gone_at is None and not _is_running(pid):
+            gone_at = now
+        # Ours may have ended because another one has the lock, and that one may not have bound its socket yet.
+        if now >= deadline or (gone_at is not None and now > gone_at + 2.0):
+            raise DaemonNotFoundError(
+                f"no daemon answers at {endpoint}, and the one started for it did not come up: {_tail(log)}",
+                endpoint=str(endpoint),
+            )
+        sleep(_POLL_S)
+
+
+def _spawn(endpoint: Endpoint, log: str) -> int:
+    """Start the daemon; its process id."""
+    import subprocess  # here: most processes start none
+
+    command = [sys.executable, "-m", "heapd", "serve", "--name", endpoint.name]
+    command += ["--runtime-dir", endpoint.directory, "--idle-exit", str(IDLE_EXIT_S)]
+    done = subprocess.run(
+        ["/bin/sh", "-c", _SHELL, log, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env=_environment(),
+        start_new_session=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with the packages that it runs found first."""
+    places = [os.path.dirname(os.path.dirname(os.path.abspath(file))) for file in (heapd.__file__, __file__)]
+    known = os.environ.get("PYTHONPATH")
+    paths = [*dict.fromkeys(places), *([known] if known else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def _tail(log: str) -> str:
+    """The last line of the log that says something."""
+    try:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except OSError:
+        lines = []
+    return lines[-1][:500] if lines else f"it said nothing in {log}"

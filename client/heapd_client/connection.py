@@ -1,0 +1,213 @@
+"""A session's way to its daemon's work socket: a DEALER a thread, request ids, deadlines, repeats.
+
+A call sends one frame and waits for the answer with its id in slices of SLICE_MS. Between slices it looks whether the
+daemon is still there, and repeats the frame now and then: the daemon remembers what it answered, so that a repeat is
+never executed twice. A wait that an exception ends (Ctrl-C, a deadline) leaves its id behind as abandoned; the late
+answer, should it come, is handed to `on_late`, so that what it granted is not lost, and the next call goes on
+undisturbed.
+
+ZeroMQ sockets belong to one thread and none survives a fork: a child must `drop` the connection, untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from itertools import count
+from time import monotonic
+from typing import Any, Final
+from weakref import WeakSet
+
+import zmq
+from zmq.backend import Socket as RawSocket
+
+from heapd.errors import ClosedError, DaemonLostError, DaemonStoppedError, MessageError, error_from_wire
+from heapd.wire import Reply, Request, decode_reply, encode_request
+
+from .control import Greeting, is_process_alive, open_socket
+
+__all__ = ["Connection"]
+
+_REPEAT_S: Final = 1.0  # how long an answer may take before the request is sent again
+_MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a row forgets the oldest
+
+# pyzmq's Socket.send is a Python function of five keyword checks round this one.
+_raw_send: Final = RawSocket.send
+_raw_recv: Final = RawSocket.recv
+
+# Sockets and contexts that a forked child inherited. Closing or collecting one there can hang; so it is never let go.
+_inherited: list[object] = []
+
+
+class _Channel:
+    """One thread's socket.
+
+    Fields: socket; lock (held during a call, so that `close` never pulls the socket from under one);
+    abandoned (request id to request: answers that may still come).
+    """
+
+    __slots__ = ("__weakref__", "abandoned", "lock", "socket")
+
+    def __init__(self, dealer: zmq.Socket[bytes]) -> None:
+        self.socket = dealer
+        self.lock = threading.Lock()
+        self.abandoned: dict[int, Request] = {}
+
+    def __del__(self) -> None:
+        self.socket.close()  # its thread has ended; linger is 0, so this does not wait
+
+
+class Connection:
+    """What one session uses to call its daemon; any thread may call.
+
+    Args: greeting (hello's answer), context (owned from now on), is_stopped (the daemon ended on purpose),
+          timeout_s (deadline of a call), on_late (gets each request whose answer came after it was given up, and the
+          answer).
+    """
+
+    def __init__(
+        self,
+        greeting: Greeting,
+        context: zmq.Context[zmq.Socket[bytes]],
+        *,
+        is_stopped: Callable[[], bool],
+        timeout_s: float,
+        on_late: Callable[[Request, Any], None],
+    ) -> None:
+        self.greeting = greeting
+        self.is_closed = False
+        self.timeout_s = timeout_s
+        self._context = context
+        self._token = greeting.token
+        self._ids = count(1)
+        self._on_late = on_late
+        self._is_stopped = is_stopped
+        self._local = threading.local()
+        self._channels: WeakSet[_Channel] = WeakSet()
+        self._opening = threading.Lock()  # a socket opened beside `close` would keep its context from ending
+        # A daemon in another pid namespace cannot be watched; then only deadlines tell.
+        self._can_watch = is_process_alive(greeting.daemon_pid, greeting.daemon_start_time)
+
+    def call(self, request: Request, wait_s: float = 0.0) -> Any:
+        """The daemon's answer to `request`.
+
+        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the session's timeout).
+        Raises: what the daemon answers; DaemonStoppedError, DaemonLostError; ClosedError after close.
+        """
+        request_id = next(self._ids)
+        frame = encode_request(request, request_id, self._token)
+        try:
+            channel: _Channel = self._local.channel
+        except AttributeError:
+            channel = self._open_channel()
+        with channel.lock:
+            if self.is_closed:
+                raise ClosedError("the session is closed")
+            dealer, is_sent = channel.socket, False
+            try:
+                try:
+                    _raw_send(dealer, frame)
+                    is_sent = True
+                    reply = decode_reply(_raw_recv(dealer))
+                    if reply.request_id != request_id:
+                        self._take_late(channel, reply)
+                        reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
+                except zmq.Again:
+                    reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
+            except BaseException:
+                self._abandon(channel, request_id, request)
+                raise
+        if reply.code:
+            raise error_from_wire(reply.code, *reply.payload)
+        return reply.payload
+
+    def _open_channel(self) -> _Channel:
+        with self._opening:
+            if self.is_closed:
+                raise ClosedError("the session is closed")
+            channel = _Channel(open_socket(self._context, self.greeting.work))
+            self._channels.add(channel)
+        self._local.channel = channel
+        return channel
+
+    # -- the slow path: no answer within a slice, or somebody else's ---------------------------------------------------
+    def _wait(
+        self, channel: _Channel, request: Request, frame: bytes, request_id: int, is_sent: bool, wait_s: float
+    ) -> Reply:
+        """Wait for the answer to a request; send it if that was not possible yet, repeat it while none comes."""
+        now = monotonic()
+        deadline = now + self.timeout_s + wait_s
+        repeat_at = now + _REPEAT_S + wait_s
+        while True:
+            self._check_alive(request)
+            now = monotonic()
+            if now >= deadline:
+                raise DaemonLostError(
+                    f"{request.name}: the daemon, process {self.greeting.daemon_pid}, did not answer within "
+                    f"{self.timeout_s:g} s",
+                    op=request.name,
+                )
+            try:
+                if not is_sent or now >= repeat_at:
+                    is_sent, repeat_at = False, now + _REPEAT_S + wait_s
+                    _raw_send(channel.socket, frame)
+                    is_sent = True
+                reply = decode_reply(_raw_recv(channel.socket))
+            except zmq.Again:
+                continue
+            if reply.request_id == request_id:
+                return reply
+            self._take_late(channel, reply)
+
+    def _check_alive(self, request: Request) -> None:
+        if self.is_closed:
+            raise ClosedError("the session was closed while a call was waiting")
+        if self._is_stopped():
+            raise DaemonStoppedError(f"{request.name}: the daemon was stopped", op=request.name)
+        greeting = self.greeting
+        if self._can_watch and not is_process_alive(greeting.daemon_pid, greeting.daemon_start_time):
+            # Once more: a daemon that ends on purpose says so just before its process goes.
+            if self._is_stopped():
+                raise DaemonStoppedError(f"{request.name}: the daemon was stopped", op=request.name)
+            raise DaemonLostError(
+                f"{request.name}: the daemon, process {greeting.daemon_pid}, has died", op=request.name
+            )
+
+    def _abandon(self, channel: _Channel, request_id: int, request: Request) -> None:
+        channel.abandoned[request_id] = request
+        if len(channel.abandoned) > _MAX_ABANDONED:
+            del channel.abandoned[next(iter(channel.abandoned))]
+
+    def _take_late(self, channel: _Channel, reply: Reply) -> None:
+        """An answer to another request than the one being waited for: one given up, or a repeat's second answer."""
+        if reply.request_id == 0 and reply.code:
+            raise MessageError(f"the daemon could not read a request: {reply.payload[0]}")
+        request = channel.abandoned.pop(reply.request_id, None)
+        if request is not None and not reply.code:
+            self._on_late(request, reply.payload)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+    def close(self, patience_s: float = 0.5) -> None:
+        """Close the sockets; threads in a call get ClosedError. Waits `patience_s` seconds for them at most."""
+        with self._opening:
+            if self.is_closed:
+                return
+            self.is_closed = True
+        deadline = monotonic() + patience_s
+        is_complete = True
+        for channel in list(self._channels):
+            if channel.lock.acquire(timeout=max(deadline - monotonic(), 0.0)):
+                channel.socket.close()
+                channel.lock.release()
+            else:
+                is_complete = False  # its thread is stuck in a call, and closes it when it ends
+        if is_complete:
+            self._context.term()
+        else:
+            _inherited.append(self._context)
+
+    def drop(self) -> None:
+        """In a forked child: let go of the parent's sockets without touching them."""
+        self.is_closed = True
+        _inherited.append((os.getpid(), self._context, self._local, list(self._channels)))

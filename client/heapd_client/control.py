@@ -1,0 +1,194 @@
+"""The control socket: is a daemon there, who am I, how is it, stop. One question, one socket, no session.
+
+Also what both sockets share: how they are set up, and how a client sees that the daemon's process has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Final
+
+import zmq
+
+from heapd.errors import (
+    AccessError,
+    DaemonLostError,
+    DaemonNotFoundError,
+    DaemonStoppedError,
+    MessageError,
+    error_from_wire,
+)
+from heapd.layout import LAYOUT_VERSION
+from heapd.wire import MAX_REPLY_BYTES, TOKEN_BYTES, Endpoint, Request, decode_reply, encode_request
+from heapd.wire.messages import Hello, Status, Stop
+
+__all__ = [
+    "SLICE_MS",
+    "Greeting",
+    "ask",
+    "daemon_status",
+    "is_answering",
+    "is_process_alive",
+    "not_found",
+    "open_socket",
+    "say_hello",
+    "stop_daemon",
+]
+
+SLICE_MS: Final = 200  # how late a wait notices that the daemon is gone, or that its own session was closed
+_RECONNECT_MS: Final = 10  # a restarted daemon is found again in 7 ms (median, measured), 86 ms at libzmq's default
+_MAX_RECONNECT_MS: Final = 200
+_ID: Final = 1  # a control socket here asks one thing
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What hello answered; see PROTOCOL.md. Sizes in bytes, daemon_start_time in clock ticks after boot."""
+
+    session: int
+    token: bytes
+    instance: bytes
+    incarnation: int
+    segment: str
+    arena_size: int
+    work: str
+    daemon_pid: int
+    daemon_start_time: int
+
+    @classmethod
+    def of(cls, answer: Any) -> Greeting:
+        """Raises: MessageError if `answer` is no map with these fields; others in it are a newer daemon's."""
+        try:
+            greeting = cls(*(answer[name] for name in cls.__slots__))
+        except (KeyError, TypeError):
+            raise MessageError("the daemon's answer to hello is incomplete") from None
+        if len(greeting.token) != TOKEN_BYTES or len(greeting.instance) != 16:
+            raise MessageError("the daemon's answer to hello is malformed")
+        return greeting
+
+
+def open_socket(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """A DEALER to `address` whose calls wait SLICE_MS at most.
+
+    IMMEDIATE: nothing is queued for a daemon that is not there; it would be executed, unwanted, by the next one.
+    """
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger = 0
+    dealer.immediate = True
+    dealer.rcvtimeo = dealer.sndtimeo = SLICE_MS
+    dealer.reconnect_ivl, dealer.reconnect_ivl_max = _RECONNECT_MS, _MAX_RECONNECT_MS
+    dealer.maxmsgsize = MAX_REPLY_BYTES
+    dealer.connect(address)
+    return dealer
+
+
+def is_process_alive(pid: int, start_time: int) -> bool:
+    """Whether the process that had `pid` since `start_time` (clock ticks after boot) still runs; a zombie does not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return fields[0] not in (b"Z", b"X") and int(fields[19]) == start_time
+
+
+def is_answering(path: str) -> bool:
+    """Whether somebody accepts connections at the socket `path`.
+
+    Raises: AccessError if this user may not ask.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        status = probe.connect_ex(path)
+    if status == errno.EACCES:
+        raise AccessError(f"the daemon at {path} belongs to another user")
+    return status in (0, errno.EAGAIN)  # EAGAIN: so many are waiting that the listener's queue is full
+
+
+def ask(
+    endpoint: Endpoint, request: Request, timeout_s: float, context: zmq.Context[zmq.Socket[bytes]] | None = None
+) -> Any:
+    """The answer to one control request.
+
+    Raises: DaemonNotFoundError at once if nobody listens; DaemonLostError if there is no answer within `timeout_s`
+            seconds; else what the daemon answers.
+    """
+    if not is_answering(endpoint.control_path):
+        raise not_found(endpoint)
+    frame = encode_request(request, _ID)
+    deadline = monotonic() + timeout_s
+    own_context = context is None
+    context = zmq.Context() if context is None else context
+    dealer = open_socket(context, endpoint.control)
+    try:
+        is_sent = False
+        while monotonic() < deadline:
+            try:
+                if not is_sent:
+                    dealer.send(frame)
+                    is_sent = True
+                reply = decode_reply(dealer.recv())
+            except zmq.Again:
+                if not is_answering(endpoint.control_path):
+                    raise DaemonStoppedError(
+                        f"the daemon at {endpoint} went before it answered {request.name}"
+                    ) from None
+                continue
+            if reply.code:
+                raise error_from_wire(reply.code, *reply.payload)
+            return reply.payload
+    finally:
+        dealer.close()
+        if own_context:
+            context.term()
+    raise DaemonLostError(f"{request.name}: the daemon at {endpoint} did not answer within {timeout_s:g} s")
+
+
+def not_found(endpoint: Endpoint) -> DaemonNotFoundError:
+    command = f"heapd serve --name {endpoint.name} --runtime-dir {endpoint.directory}"
+    return DaemonNotFoundError(f"no daemon answers at {endpoint}; start one with `{command}`", endpoint=str(endpoint))
+
+
+def say_hello(endpoint: Endpoint, timeout_s: float, context: zmq.Context[zmq.Socket[bytes]]) -> Greeting:
+    """Open a session for this process. Raises: as `ask`; VersionError if the two sides do not fit."""
+    return Greeting.of(ask(endpoint, Hello(LAYOUT_VERSION), timeout_s, context))
+
+
+def daemon_status(endpoint: str | None = None, *, timeout: float = 10.0) -> dict[str, Any]:
+    """What the daemon says about itself, without opening a session.
+
+    Args:    endpoint (as for `connect`), timeout (seconds).
+    Returns: name, endpoint, pid, incarnation, uptime_s, sessions, heaps, committed, ...; see PROTOCOL.md.
+    Raises:  DaemonNotFoundError if none answers; DaemonLostError past the timeout.
+    """
+    answer: dict[str, Any] = ask(Endpoint.parse(endpoint), Status(), timeout)
+    return answer
+
+
+def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
+    """Ask the daemon to end; returns when its process is gone, or no longer answers.
+
+    Args:   endpoint (as for `connect`), timeout (seconds).
+    Raises: DaemonNotFoundError if none answers; DaemonLostError if it still runs at the timeout.
+    """
+    import select
+
+    where = Endpoint.parse(endpoint)
+    deadline = monotonic() + timeout
+    pid = ask(where, Status(), timeout)["pid"]
+    try:
+        process = os.pidfd_open(pid)
+    except OSError:
+        process = -1  # in another pid namespace: its word has to do
+    try:
+        with suppress(DaemonStoppedError):  # it may be gone before its answer is
+            ask(where, Stop(), max(deadline - monotonic(), 0.1))
+        if process >= 0 and not select.select([process], [], [], max(deadline - monotonic(), 0.0))[0]:
+            raise DaemonLostError(f"the daemon at {where}, process {pid}, did not end within {timeout:g} s")
+    finally:
+        if process >= 0:
+            os.close(process)

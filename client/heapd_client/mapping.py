@@ -1,0 +1,217 @@
+"""The arena as a client sees it: the daemon's segment mapped into this process, and its tables read.
+
+Attaches by plain open and mmap, so that Python's resource tracker never hears of the segment: a tracker unlinks, when
+its process ends, what it was told of. The mapping is never unmapped by hand; every memoryview of it keeps it alive,
+and the last reference takes it away, silently, also at interpreter exit.
+
+Must never read a page that is not committed (the read would commit it), so look at pages through `page_word`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from heapd.errors import ExecuteError, SegmentError, VersionError
+from heapd.layout import (
+    CHUNK_PAGES,
+    CHUNK_SHIFT,
+    H_HEAP_LIMIT,
+    H_INSTANCE,
+    H_MAGIC,
+    H_PAGE_COUNT,
+    H_STATE,
+    H_VERSION,
+    LAYOUT_VERSION,
+    MAGIC,
+    MAPPED,
+    STOPPED,
+    WORD,
+    ArenaShape,
+    PageInfo,
+    page_word,
+    split_page_word,
+)
+from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_down, align_up
+
+__all__ = ["Mapping"]
+
+_SHM_DIRECTORY: Final = "/dev/shm"
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Mapping:
+    """One arena, mapped.
+
+    Fields: name (of the segment), size (bytes), base (memoryview of bytes), words (the same as "Q"), shape (where the
+    tables are), instance (16 bytes: the arena's identity), pointer (of the arena's first byte, in this process only).
+    Locks:  none; any thread may read.
+    """
+
+    def __init__(self, name: str, size: int, instance: bytes) -> None:
+        """Map the daemon's segment.
+
+        Args:   name, size (bytes) and instance (16 bytes) as hello told them.
+        Raises: SegmentError if it is missing, not a private file of this user, or another arena than was promised;
+                VersionError if its layout is another one than this client knows.
+        """
+        self.name = name
+        self.size = size
+        self.instance = instance
+        self._fd = _open(name, size)
+        try:
+            self._memory = mmap.mmap(self._fd, size, mmap.MAP_SHARED, _READ_WRITE)
+            self.base = memoryview(self._memory)
+            self.words = self.base.cast("Q")
+            self._check_header()
+        except BaseException:
+            self.close()
+            raise
+        self.shape = ArenaShape(self.words[H_PAGE_COUNT], self.words[H_HEAP_LIMIT])
+        self.pointer: int = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._executable: bytearray | None = None  # one byte a page, 1 where this process made it executable
+
+    def _check_header(self) -> None:
+        words = self.words
+        if words[H_MAGIC] != MAGIC or words[H_PAGE_COUNT] << PAGE_SHIFT != self.size:
+            raise SegmentError(f"the shared memory segment {self.name} holds no arena")
+        if words[H_VERSION] != LAYOUT_VERSION:
+            raise VersionError(
+                f"the arena has layout version {words[H_VERSION]}, this client knows {LAYOUT_VERSION}; "
+                f"install the same heapd on both sides"
+            )
+        found = words[H_INSTANCE].to_bytes(8, "little") + words[H_INSTANCE + 1].to_bytes(8, "little")
+        if found != self.instance:
+            raise SegmentError(f"the shared memory segment {self.name} holds another daemon's arena")
+
+    def close(self) -> None:
+        """Forget the file. The memory stays mapped for as long as anything refers to it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    @property
+    def is_stopped(self) -> bool:
+        """The daemon has said in the header that it ended on purpose."""
+        state: int = self.words[H_STATE]
+        return state == STOPPED
+
+    # -- what is where -----------------------------------------------------------------------------------------------
+    def page(self, page: int) -> PageInfo:
+        """What a page is. Args: page (page index, 0 <= page < shape.page_count)."""
+        return split_page_word(page_word(self.words, self.shape, page))
+
+    def find_page(self, address: int) -> PageInfo | None:
+        """What the page that holds `address` is, None beyond the arena."""
+        if not 0 <= address < self.size:
+            return None
+        return self.page(address >> PAGE_SHIFT)
+
+    def spans(self, first_page: int = 0, page_count: int | None = None) -> Iterator[tuple[int, int, PageInfo]]:
+        """The maximal spans of pages with equal words, as (first page, page count, what they are), in order.
+
+        A snapshot of a moving thing: the daemon may change the map between two spans.
+        """
+        end = self.shape.page_count if page_count is None else min(first_page + page_count, self.shape.page_count)
+        start, word = first_page, -1
+        for at, stop, each in self._stretches(first_page, end):
+            if each != word:
+                if at > start:
+                    yield start, at - start, split_page_word(word)
+                start, word = at, each
+            if stop == end:
+                yield start, end - start, split_page_word(word)
+
+    def _stretches(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(first page, page after the last, word): whole chunks where the directory says it all, else single pages."""
+        words, directory, page_map = self.words, self.shape.directory // WORD, self.shape.page_map // WORD
+        at = first
+        while at < end:
+            entry = words[directory + (at >> CHUNK_SHIFT)]
+            stop = min((at >> CHUNK_SHIFT) + 1 << CHUNK_SHIFT, end)
+            if entry != MAPPED:
+                yield at, stop, entry
+            else:
+                for page, word in enumerate(words[page_map + at : page_map + stop].tolist(), at):
+                    yield page, page + 1, word
+            at = stop
+
+    def is_run_word_ready(self, page: int) -> bool:
+        """The run word of `page` may be read: its chunk of the table is committed."""
+        entry: int = self.words[self.shape.directory // WORD + page // CHUNK_PAGES]
+        return entry == MAPPED
+
+    # -- bytes -------------------------------------------------------------------------------------------------------
+    def zero(self, address: int, size: int) -> None:
+        """Zero bytes in bulk; other threads run meanwhile."""
+        if size:
+            ctypes.memset(self.pointer + address, 0, size)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy bytes from one address to another, in place; other threads run meanwhile."""
+        if size:
+            ctypes.memmove(self.pointer + target, self.pointer + source, size)
+
+    @property
+    def has_executable_pages(self) -> bool:
+        """Some page was ever made executable in this process."""
+        return self._executable is not None
+
+    # -- execution ---------------------------------------------------------------------------------------------------
+    def check_executable(self) -> None:
+        """Raises: ExecuteError if the system refuses to map this segment for execution (a noexec /dev/shm)."""
+        try:
+            probe = mmap.mmap(self._fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_EXEC)
+        except PermissionError:
+            raise ExecuteError(
+                "the system refuses to execute shared memory: /dev/shm is mounted noexec, or a security policy "
+                "forbids it; remount it with exec to use executable heaps"
+            ) from None
+        probe.close()
+
+    def protect(self, address: int, size: int, *, executable: bool) -> None:
+        """See that the pages of a block just granted are executable in this process, or are not.
+
+        A page that served an executable heap may serve another one later: what was opened is closed again. Costs
+        nothing in a process that has no executable heap.
+        Raises: ExecuteError if the system refuses; the pages can be read and written as before.
+        """
+        if self._executable is None:
+            if not executable:
+                return
+            self._executable = bytearray(self.shape.page_count)  # untouched parts of it cost nothing
+        first, end = align_down(address, PAGE_SIZE) >> PAGE_SHIFT, align_up(address + size, PAGE_SIZE) >> PAGE_SHIFT
+        if self._executable.find(not executable, first, end) < 0:
+            return
+        protection = _READ_WRITE | mmap.PROT_EXEC if executable else _READ_WRITE
+        if _libc.mprotect(self.pointer + (first << PAGE_SHIFT), (end - first) << PAGE_SHIFT, protection):
+            reason = os.strerror(ctypes.get_errno())
+            raise ExecuteError(f"the system refuses to make a block executable: {reason}")
+        self._executable[first:end] = bytes([executable]) * (end - first)
+
+
+def _open(name: str, size: int) -> int:
+    """A descriptor of the segment, checked: nobody else can have put another file in its place."""
+    if "/" in name:
+        raise SegmentError("the daemon named a segment that is none")
+    try:
+        fd = os.open(f"{_SHM_DIRECTORY}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise SegmentError(f"the shared memory segment {name} cannot be opened: {error.strerror}") from error
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        fault = "is not a private file of this user"
+    elif status.st_nlink != 1:
+        fault = "was removed, or has a second name"
+    elif status.st_size != size:
+        fault = f"is {status.st_size} bytes, not {size}"
+    else:
+        return fd
+    os.close(fd)
+    raise SegmentError(f"the shared memory segment {name} {fault}")

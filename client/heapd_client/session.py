@@ -1,0 +1,529 @@
+"""A session: this process, as one daemon knows it; heaps, blocks by handle, and what happens to both in a fork.
+
+A forked child inherits Session, Heap and Block objects, the mapping, and sockets that it must not touch. At its first
+call it opens a session of its own, opens the heaps anew that the object has open, and goes on. A spawned child or any
+other process gets Blocks and Heaps by pickle: they look for a session of that process to the same endpoint, or open
+one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+from collections import deque
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final
+from weakref import WeakSet
+
+import zmq
+
+from heapd.errors import (
+    ClosedError,
+    DaemonStoppedError,
+    HeapdError,
+    InvalidArgumentError,
+    NotABlockError,
+    StaleHandleError,
+)
+from heapd.layout import (
+    BUSY,
+    C_HEAP_ID,
+    F_EXECUTABLE,
+    F_FREE_ORPHANS,
+    F_GENERATE_EXCEPTIONS,
+    F_PERSISTENT,
+    F_SERIALIZE,
+    H_CONTROLS_READY,
+    KIND_RUN,
+    KIND_SLAB,
+    PAGE_COMMITTED,
+    WORD,
+    Handle,
+    slab_class_index,
+)
+from heapd.records import ArenaStatistics, HeapInfo, SessionInfo
+from heapd.sizeclass import CLASS_COUNT, CLASSES, MAX_CLASS_SIZE, class_of
+from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_up
+from heapd.wire import Endpoint, Request
+from heapd.wire import messages as ask
+
+from .autostart import start_daemon
+from .block import Block
+from .connection import Connection
+from .control import Greeting, is_answering, not_found, say_hello
+from .heap import Heap
+from .mapping import Mapping
+
+__all__ = ["Session", "connect", "reopen_block", "reopen_heap"]
+
+DEFAULT_TIMEOUT_S: Final = 10.0
+_EXIT_PATIENCE_S: Final = 0.5  # what closing all sessions may delay the end of the process by
+_CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
+_LIST_PAGE: Final = 500
+_WORDS_SHIFT: Final = PAGE_SHIFT - 3  # pages to slots
+
+_open_sessions: WeakSet[Session] = WeakSet()
+_kept: list[Session] = []  # opened to unpickle something; live as long as the process
+_keeping = threading.Lock()
+
+
+def connect(endpoint: str | None = None, *, autostart: bool = True, timeout: float = DEFAULT_TIMEOUT_S) -> Session:
+    """Open a session with a daemon.
+
+    Args:    endpoint ("ipc://DIRECTORY/NAME", or "NAME" in the user's runtime directory; None: $HEAPD_ENDPOINT, else
+             the user's default daemon), autostart (start a daemon if none answers; it ends some seconds after its last
+             session), timeout (seconds that connecting, each call, and a wait for a heap's mutex may take).
+    Returns: the session; a context manager that closes it.
+    Raises:  DaemonNotFoundError if none answers and none is or could be started; DaemonLostError past the timeout;
+             VersionError, AccessError, SegmentError, LimitError; InvalidArgumentError for an endpoint that is none.
+    """
+    if not timeout > 0:
+        raise InvalidArgumentError(f"a timeout is more than 0 seconds, not {timeout}")
+    where = Endpoint.parse(endpoint)
+    deadline = monotonic() + timeout
+    for attempt in range(1, _CONNECT_ATTEMPTS + 1):
+        if not is_answering(where.control_path):
+            if not autostart:
+                raise not_found(where)
+            start_daemon(where, max(deadline - monotonic(), 0.1))
+        try:
+            return Session(where, timeout)
+        except DaemonStoppedError:
+            if attempt == _CONNECT_ATTEMPTS or monotonic() >= deadline:
+                raise
+    raise AssertionError("unreachable")
+
+
+class Session:
+    """One process at one daemon. Made by `connect`; any thread may use it; a context manager that closes it.
+
+    Attributes: endpoint (text; connects to the same daemon anywhere), timeout (seconds), arena (the mapping: what each
+    page is). `number`, `instance`, `daemon_pid` and `pid` are those of the calling process, also after a fork.
+    """
+
+    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+        """For the library alone; use `connect`."""
+        self.endpoint = str(endpoint)
+        self.timeout = timeout
+        self._endpoint = endpoint
+        self._is_closed = True  # until it is open: nothing to close if that fails
+        self._heaps: dict[int, Heap] = {}
+        self._default: Heap | None = None
+        self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
+        self._lock = threading.RLock()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            greeting = say_hello(endpoint, timeout, context)
+            self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance)
+        except BaseException:
+            context.term()
+            raise
+        self._connection: Connection | None = self._open_connection(greeting, context)
+        self._is_closed = False
+        _register(self)
+
+    def _open_connection(self, greeting: Greeting, context: zmq.Context[zmq.Socket[bytes]]) -> Connection:
+        arena, strays = self.arena, self._strays
+
+        def take_late(request: Request, result: Any) -> None:
+            if isinstance(request, ask.HeapAlloc):
+                strays.append((request.heap, result[1], result[2]))
+            elif isinstance(request, ask.HeapAllocMany):
+                strays.extend((request.heap, grant[1], grant[2]) for grant in result)
+
+        # No reference to the session: it would never be collected.
+        return Connection(
+            greeting, context, is_stopped=lambda: arena.is_stopped, timeout_s=self.timeout, on_late=take_late
+        )
+
+    def __repr__(self) -> str:
+        return f"<Session {self.endpoint}{' closed' if self._is_closed else ''}>"
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+    def call(self, request: Request, wait_s: float = 0.0) -> Any:
+        """Ask the daemon; what every method here and of Heap comes down to.
+
+        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the timeout).
+        Raises: what the daemon answers; DaemonLostError, DaemonStoppedError, ClosedError.
+        """
+        connection = self._connection
+        if connection is None:
+            connection = self._reconnect()
+        if self._strays:
+            self.give_back()
+        return connection.call(request, wait_s)
+
+    def _reconnect(self) -> Connection:
+        """In a forked child, at its first call: a session of its own, with the same heaps open."""
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError("the session is closed")
+            if self._connection is not None:
+                return self._connection
+            if self.arena.is_stopped:
+                raise DaemonStoppedError(f"the daemon at {self.endpoint} was stopped")
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            try:
+                greeting = say_hello(self._endpoint, self.timeout, context)
+                if greeting.instance != self.arena.instance:
+                    raise StaleHandleError(f"another daemon serves {self.endpoint} now; connect to it anew")
+            except BaseException:
+                context.term()
+                raise
+            connection = self._open_connection(greeting, context)
+            for heap_id in list(self._heaps):
+                with suppress(HeapdError):  # it may be gone; its own methods say so
+                    connection.call(ask.HeapOpenId(heap_id))
+            self._connection = connection
+            return connection
+
+    def _ready(self) -> Connection:
+        return self._connection or self._reconnect()
+
+    def give_back_later(self, heap_id: int, address: int, generation: int) -> None:
+        """Have a block that nobody will ever get freed before the next call. Asks nobody now."""
+        self._strays.append((heap_id, address, generation))
+
+    def give_back(self) -> None:
+        """Free what `give_back_later` was told of, as far as the daemon can be reached."""
+        connection = self._ready()
+        while self._strays:
+            try:
+                stray = self._strays.popleft()
+            except IndexError:
+                return  # another thread was faster
+            try:
+                connection.call(ask.HeapFree(*stray))
+            except ConnectionError:
+                self._strays.append(stray)
+                return
+            except HeapdError:
+                continue  # freed already, or its heap is gone
+
+    def forked(self) -> None:
+        """In a forked child: what was the parent's is let go, untouched."""
+        if self._connection is not None:
+            self._connection.drop()
+        self._connection = None
+        self._default = None
+        self._strays.clear()
+        self._lock = threading.RLock()
+
+    # -- who ---------------------------------------------------------------------------------------------------------
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
+    def number(self) -> int:
+        """The session's number, as state words and walks show it."""
+        return self._ready().greeting.session
+
+    @property
+    def instance(self) -> bytes:
+        """16 bytes: the arena's identity."""
+        return self.arena.instance
+
+    @property
+    def segment(self) -> str:
+        """Name of the daemon's shared memory segment."""
+        return self.arena.name
+
+    @property
+    def incarnation(self) -> int:
+        """How often the daemon was started on this arena, when the session was opened."""
+        return self._ready().greeting.incarnation
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that the session is of: this one."""
+        return os.getpid()
+
+    @property
+    def daemon_pid(self) -> int:
+        return self._ready().greeting.daemon_pid
+
+    # -- heaps -------------------------------------------------------------------------------------------------------
+    def create_heap(
+        self,
+        name: str | None = None,
+        *,
+        initial: int = 0,
+        maximum: int = 0,
+        serialize: bool = True,
+        executable: bool = False,
+        generate_exceptions: bool = False,
+        persistent: bool = False,
+        orphans: str = "keep",
+        max_block: int = 0,
+    ) -> Heap:
+        """Make a heap.
+
+        Args:    name (None: the heap goes with this session; else with the last session that has it open), initial
+                 (bytes committed at once), maximum (bytes; 0: it grows), serialize (False: no function takes the
+                 heap's mutex, as HEAP_NO_SERIALIZE), executable (its blocks may hold machine code),
+                 generate_exceptions (recorded; errors are always exceptions here), persistent (stays until it is
+                 destroyed), orphans ("keep" or "free" what a session that died had allocated), max_block (largest
+                 request in bytes; 0: no limit of its own).
+        Raises:  HeapExistsError, HeapFullError, LimitError, InvalidArgumentError; ExecuteError if the system does not
+                 let shared memory be executed.
+        """
+        if orphans not in ("keep", "free"):
+            raise InvalidArgumentError('orphans is "keep" or "free"')
+        if executable:
+            self.arena.check_executable()
+        flags = 0
+        for is_set, flag in (
+            (serialize, F_SERIALIZE),
+            (executable, F_EXECUTABLE),
+            (persistent, F_PERSISTENT),
+            (generate_exceptions, F_GENERATE_EXCEPTIONS),
+            (orphans == "free", F_FREE_ORPHANS),
+        ):
+            flags |= flag if is_set else 0
+        return self._adopt(self.call(ask.HeapCreate(name, initial, maximum, flags, max_block)))
+
+    def open_heap(self, name: str) -> Heap:
+        """The heap of that name. Raises: NoSuchHeapError."""
+        return self._adopt(self.call(ask.HeapOpen(name)))
+
+    @property
+    def default_heap(self) -> Heap:
+        """This session's own heap: serialized, growable, made at its first use, gone with the session."""
+        heap = self._default
+        if heap is None or not heap.is_live:
+            heap = self._default = self._adopt(self.call(ask.HeapDefault()))
+        return heap
+
+    def open_heap_id(self, heap_id: int) -> Heap:
+        """The heap with that id, as a pickled Heap or a HeapInfo names it. Raises: NoSuchHeapError."""
+        heap = self._heaps.get(heap_id)
+        return heap if heap is not None and heap.is_live else self._adopt(self.call(ask.HeapOpenId(heap_id)))
+
+    def heaps(self, pid: int | None = None) -> list[HeapInfo]:
+        """All heaps, or those that a process has open, its default heap first."""
+        found: dict[int, HeapInfo] = {}
+        after = 0
+        while True:
+            page = self.call(ask.HeapList(pid or 0, after, _LIST_PAGE))
+            found.update((fields[0], HeapInfo(*fields)) for fields in page)
+            if len(page) < _LIST_PAGE:
+                return list(found.values())
+            after = max(fields[0] for fields in page)
+
+    def sessions(self, pid: int | None = None) -> list[SessionInfo]:
+        """All sessions, or those of one process."""
+        return [SessionInfo(*fields) for fields in self.call(ask.SessionList(pid or 0))]
+
+    def statistics(self) -> ArenaStatistics:
+        """Bytes of the arena; the parts add up."""
+        return ArenaStatistics(*self.call(ask.ArenaStatisticsGet()))
+
+    def _adopt(self, fields: Any) -> Heap:
+        """The one Heap object of this session for the heap that the daemon described."""
+        info = HeapInfo(*fields)
+        with self._lock:
+            heap = self._heaps.get(info.heap_id)
+            if heap is None or not heap.is_live:
+                heap = self._heaps[info.heap_id] = Heap(self, self.arena, info)
+            return heap
+
+    def forget(self, heap: Heap) -> None:
+        """For Heap: it was closed or destroyed."""
+        with self._lock:
+            if self._heaps.get(heap.id) is heap:
+                del self._heaps[heap.id]
+            if self._default is heap:
+                self._default = None
+
+    # -- blocks by handle --------------------------------------------------------------------------------------------
+    def open(self, handle: Handle | bytes) -> Block:
+        """The block that a handle names, whoever allocated it. Looked up in the mapping; asks the daemon only for a
+        heap that this session has not opened.
+
+        Raises: StaleHandleError if that block was freed, or its arena is gone; NotABlockError, InvalidArgumentError if
+                the handle can never have been one.
+        """
+        if self._is_closed:
+            raise ClosedError("the session is closed")
+        instance, slot, address, generation = handle = _checked(handle)
+        arena = self.arena
+        if instance != arena.instance:
+            raise StaleHandleError(f"the handle is of another arena than that of {self.endpoint}")
+        if not 0 <= address < arena.size or not 0 <= slot < arena.size // WORD:
+            raise InvalidArgumentError("the handle points beyond the arena")
+        is_run = arena.shape.is_run_slot(slot)
+        page = slot - arena.shape.run_words // WORD if is_run else slot >> _WORDS_SHIFT
+        if not arena.shape.first_page <= page < arena.shape.page_count:
+            raise InvalidArgumentError("the handle points into the arena's tables")
+        info = arena.page(page)
+        if info.state != PAGE_COMMITTED or info.kind != (KIND_RUN if is_run else KIND_SLAB):
+            raise _stale(handle)
+        expected = self._run_block(page, info.start) if is_run else self._slab_block(slot, info.start)
+        if expected is None:
+            raise _stale(handle)
+        word: int = arena.words[slot]
+        form = arena.shape.word_format(slot)
+        if form.state(word) != BUSY or form.generation(word) != generation:
+            raise _stale(handle)
+        start, extent = expected
+        if start != address:
+            raise NotABlockError(f"no block begins at address {address:#x}", address=address)
+        size = form.size(word)
+        block = Block(self._heap_at(info.heap, handle), slot, address, generation, extent or _run_extent(size), size)
+        if block.heap.is_executable or arena.has_executable_pages:
+            arena.protect(address, max(block.extent, 1), executable=block.heap.is_executable)
+        return block
+
+    def _run_block(self, page: int, start: int) -> tuple[int, int] | None:
+        """(address, 0 for an extent to be told by the size) of the run whose word is that of `page`; None if none begins there."""
+        if page != start or not self.arena.is_run_word_ready(page):
+            return None
+        return page << PAGE_SHIFT, 0
+
+    def _slab_block(self, slot: int, start: int) -> tuple[int, int] | None:
+        """(address, extent) of the block whose state word is at `slot`, in the slab that begins at page `start`; None
+        if no state word is there."""
+        arena = self.arena
+        if arena.page(start).state != PAGE_COMMITTED:
+            return None
+        first = start << _WORDS_SHIFT
+        class_index = slab_class_index(arena.words[first])
+        number = slot - first - 1
+        if class_index is None or class_index >= CLASS_COUNT:
+            return None
+        shape = CLASSES[class_index]
+        if shape.is_run or not 0 <= number < shape.block_count:
+            return None
+        return (start << PAGE_SHIFT) + shape.first_offset + number * shape.extent, shape.extent
+
+    def _heap_at(self, control_index: int, handle: Handle) -> Heap:
+        words = self.arena.words
+        heap_id = 0
+        if control_index < words[H_CONTROLS_READY]:
+            heap_id = words[self.arena.shape.control_slot(control_index) + C_HEAP_ID]
+        heap = self._heaps.get(heap_id)
+        if heap is not None and heap.is_live:
+            return heap
+        try:
+            return self._adopt(self.call(ask.HeapOpenId(heap_id or control_index)))
+        except LookupError:
+            raise _stale(handle) from None
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+    def close(self, *, patience_s: float | None = None) -> None:
+        """End the session: its anonymous heaps go, and named ones that nobody else has open. Twice is harmless.
+
+        Args: patience_s (seconds that the daemon may take; None: the timeout). No answer is no error: the daemon
+        notices by itself when this process ends.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            connection, self._connection = self._connection, None
+            _open_sessions.discard(self)
+            if connection is not None:
+                if patience_s is not None:
+                    connection.timeout_s = patience_s
+                try:
+                    connection.call(ask.SessionClose())
+                except HeapdError:
+                    pass
+                finally:
+                    connection.close()
+            for heap in self._heaps.values():
+                heap.mark_closed()
+            self._heaps.clear()
+            self._default = None
+            self.arena.close()
+
+    def __del__(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
+        if self._connection is not None:
+            self._connection.close(0.0)
+        self.arena.close()
+
+
+def _checked(handle: Handle | bytes) -> Handle:
+    """A handle whose fields are of the right types."""
+    if isinstance(handle, (bytes, bytearray, memoryview)):
+        try:
+            return Handle.decode(bytes(handle))
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from None
+    if not isinstance(handle, tuple) or len(handle) != 4 or tuple(map(type, handle)) != (bytes, int, int, int):
+        raise InvalidArgumentError(f"a Handle, or the 40 bytes of one, is needed, not {type(handle).__name__}")
+    return Handle(*handle)
+
+
+def _run_extent(size: int) -> int:
+    """Bytes that a run for `size` bytes occupies."""
+    return class_of(size).extent if size <= MAX_CLASS_SIZE else align_up(size, PAGE_SIZE)
+
+
+def _stale(handle: Handle) -> StaleHandleError:
+    return StaleHandleError(f"the block at {handle.address:#x} that the handle names was freed", address=handle.address)
+
+
+# -- all sessions of this process --------------------------------------------------------------------------------------
+_is_exit_registered = False
+
+
+def _register(session: Session) -> None:
+    global _is_exit_registered
+    _open_sessions.add(session)
+    if not _is_exit_registered:
+        _is_exit_registered = True
+        atexit.register(_close_all)
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def _close_all() -> None:
+    """At exit: tell the daemons, quickly; they notice anyway."""
+    deadline = monotonic() + _EXIT_PATIENCE_S
+    for session in list(_open_sessions):
+        session.close(patience_s=max(deadline - monotonic(), 0.01))
+
+
+def _after_fork() -> None:
+    global _keeping
+    _keeping = threading.Lock()
+    for session in list(_open_sessions):
+        session.forked()
+
+
+def _session_for(endpoint: str, instance: bytes) -> Session:
+    """An open session of this process with that daemon; one is opened, and kept, if there is none."""
+    with _keeping:
+        for session in list(_open_sessions):
+            if session.endpoint == endpoint and session.instance == instance:
+                return session
+        session = connect(endpoint, autostart=False)
+        _kept.append(session)
+        return session
+
+
+def reopen_block(endpoint: str, handle: tuple[bytes, int, int, int]) -> Block:
+    """For pickle: the block of a handle, in the process that unpickles it."""
+    return _session_for(endpoint, handle[0]).open(Handle(*handle))
+
+
+def reopen_heap(endpoint: str, instance: bytes, heap_id: int) -> Heap:
+    """For pickle: the heap, opened by the process that unpickles it."""
+    session = _session_for(endpoint, instance)
+    if session.instance != instance:
+        raise StaleHandleError(f"the pickled heap is of another arena than that of {endpoint}")
+    return session.open_heap_id(heap_id)
