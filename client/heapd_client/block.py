@@ -55,7 +55,7 @@ class Block:
         return f"<Block address={self.address:#x} size={self.size} generation={self.generation}{state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from .session import reopen_block
+        from .registry import reopen_block
 
         self._check()
         return reopen_block, (str(self.heap.session.endpoint), tuple(self.handle))

@@ -11,7 +11,7 @@ ZeroMQ sockets belong to one thread and none survives a fork: a child must `drop
 
 from __future__ import annotations
 
-import os
+import ctypes
 import threading
 from collections.abc import Callable
 from itertools import count
@@ -36,8 +36,11 @@ _MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a
 _raw_send: Final = RawSocket.send
 _raw_recv: Final = RawSocket.recv
 
-# Sockets and contexts that a forked child inherited. Closing or collecting one there can hang; so it is never let go.
-_inherited: list[object] = []
+
+def _immortalize(thing: object) -> None:
+    """Keep sockets or a context from ever being collected, also at the end of the interpreter: to close what a forked
+    child inherited can hang."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class _Channel:
@@ -205,9 +208,9 @@ class Connection:
         if is_complete:
             self._context.term()
         else:
-            _inherited.append(self._context)
+            _immortalize(self._context)
 
     def drop(self) -> None:
         """In a forked child: let go of the parent's sockets without touching them."""
         self.is_closed = True
-        _inherited.append((os.getpid(), self._context, self._local, list(self._channels)))
+        _immortalize((self._context, self._local, list(self._channels)))

@@ -91,7 +91,7 @@ class Heap:
         return f"<Heap {self.info.name or 'anonymous'!r} id={self.id:#x}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from .session import reopen_heap
+        from .registry import reopen_heap
 
         self.check()
         return reopen_heap, (str(self.session.endpoint), self.mapping.instance, self.id)

@@ -1,14 +1,11 @@
 """A session: this process, as one daemon knows it; heaps, blocks by handle, and what happens to both in a fork.
 
 A forked child inherits Session, Heap and Block objects, the mapping, and sockets that it must not touch. At its first
-call it opens a session of its own, opens the heaps anew that the object has open, and goes on. A spawned child or any
-other process gets Blocks and Heaps by pickle: they look for a session of that process to the same endpoint, or open
-one.
+call it opens a session of its own, opens the heaps anew that the object has open, and goes on.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 import warnings
@@ -16,7 +13,6 @@ from collections import deque
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
-from weakref import WeakSet
 
 import zmq
 
@@ -25,11 +21,9 @@ from heapd.errors import (
     DaemonStoppedError,
     HeapdError,
     InvalidArgumentError,
-    NotABlockError,
     StaleHandleError,
 )
 from heapd.layout import (
-    BUSY,
     C_HEAP_ID,
     F_EXECUTABLE,
     F_FREE_ORPHANS,
@@ -37,16 +31,9 @@ from heapd.layout import (
     F_PERSISTENT,
     F_SERIALIZE,
     H_CONTROLS_READY,
-    KIND_RUN,
-    KIND_SLAB,
-    PAGE_COMMITTED,
-    WORD,
     Handle,
-    slab_class_index,
 )
 from heapd.records import ArenaStatistics, HeapInfo, SessionInfo
-from heapd.sizeclass import CLASS_COUNT, CLASSES, MAX_CLASS_SIZE, class_of
-from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_up
 from heapd.wire import Endpoint, Request
 from heapd.wire import messages as ask
 
@@ -54,20 +41,16 @@ from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
 from .control import Greeting, is_answering, not_found, say_hello
+from .handles import checked_handle, locate, stale
 from .heap import Heap
 from .mapping import Mapping
+from .registry import register, unregister
 
-__all__ = ["Session", "connect", "reopen_block", "reopen_heap"]
+__all__ = ["Session", "connect"]
 
 DEFAULT_TIMEOUT_S: Final = 10.0
-_EXIT_PATIENCE_S: Final = 0.5  # what closing all sessions may delay the end of the process by
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
 _LIST_PAGE: Final = 500
-_WORDS_SHIFT: Final = PAGE_SHIFT - 3  # pages to slots
-
-_open_sessions: WeakSet[Session] = WeakSet()
-_kept: list[Session] = []  # opened to unpickle something; live as long as the process
-_keeping = threading.Lock()
 
 
 def connect(endpoint: str | None = None, *, autostart: bool = True, timeout: float = DEFAULT_TIMEOUT_S) -> Session:
@@ -123,7 +106,7 @@ class Session:
             raise
         self._connection: Connection | None = self._open_connection(greeting, context)
         self._is_closed = False
-        _register(self)
+        register(self)
 
     def _open_connection(self, greeting: Greeting, context: zmq.Context[zmq.Socket[bytes]]) -> Connection:
         arena, strays = self.arena, self._strays
@@ -355,56 +338,13 @@ class Session:
         """
         if self._is_closed:
             raise ClosedError("the session is closed")
-        instance, slot, address, generation = handle = _checked(handle)
         arena = self.arena
-        if instance != arena.instance:
-            raise StaleHandleError(f"the handle is of another arena than that of {self.endpoint}")
-        if not 0 <= address < arena.size or not 0 <= slot < arena.size // WORD:
-            raise InvalidArgumentError("the handle points beyond the arena")
-        is_run = arena.shape.is_run_slot(slot)
-        page = slot - arena.shape.run_words // WORD if is_run else slot >> _WORDS_SHIFT
-        if not arena.shape.first_page <= page < arena.shape.page_count:
-            raise InvalidArgumentError("the handle points into the arena's tables")
-        info = arena.page(page)
-        if info.state != PAGE_COMMITTED or info.kind != (KIND_RUN if is_run else KIND_SLAB):
-            raise _stale(handle)
-        expected = self._run_block(page, info.start) if is_run else self._slab_block(slot, info.start)
-        if expected is None:
-            raise _stale(handle)
-        word: int = arena.words[slot]
-        form = arena.shape.word_format(slot)
-        if form.state(word) != BUSY or form.generation(word) != generation:
-            raise _stale(handle)
-        start, extent = expected
-        if start != address:
-            raise NotABlockError(f"no block begins at address {address:#x}", address=address)
-        size = form.size(word)
-        block = Block(self._heap_at(info.heap, handle), slot, address, generation, extent or _run_extent(size), size)
-        if block.heap.is_executable or arena.has_executable_pages:
-            arena.protect(address, max(block.extent, 1), executable=block.heap.is_executable)
-        return block
-
-    def _run_block(self, page: int, start: int) -> tuple[int, int] | None:
-        """(address, 0 for an extent to be told by the size) of the run whose word is that of `page`; None if none begins there."""
-        if page != start or not self.arena.is_run_word_ready(page):
-            return None
-        return page << PAGE_SHIFT, 0
-
-    def _slab_block(self, slot: int, start: int) -> tuple[int, int] | None:
-        """(address, extent) of the block whose state word is at `slot`, in the slab that begins at page `start`; None
-        if no state word is there."""
-        arena = self.arena
-        if arena.page(start).state != PAGE_COMMITTED:
-            return None
-        first = start << _WORDS_SHIFT
-        class_index = slab_class_index(arena.words[first])
-        number = slot - first - 1
-        if class_index is None or class_index >= CLASS_COUNT:
-            return None
-        shape = CLASSES[class_index]
-        if shape.is_run or not 0 <= number < shape.block_count:
-            return None
-        return (start << PAGE_SHIFT) + shape.first_offset + number * shape.extent, shape.extent
+        handle = checked_handle(handle)
+        size, extent, control_index = locate(arena, handle)
+        heap = self._heap_at(control_index, handle)
+        if heap.is_executable or arena.has_executable_pages:
+            arena.protect(handle.address, max(extent, 1), executable=heap.is_executable)
+        return Block(heap, handle.slot, handle.address, handle.generation, extent, size)
 
     def _heap_at(self, control_index: int, handle: Handle) -> Heap:
         words = self.arena.words
@@ -417,7 +357,7 @@ class Session:
         try:
             return self._adopt(self.call(ask.HeapOpenId(heap_id or control_index)))
         except LookupError:
-            raise _stale(handle) from None
+            raise stale(handle) from None
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self, *, patience_s: float | None = None) -> None:
@@ -431,7 +371,7 @@ class Session:
                 return
             self._is_closed = True
             connection, self._connection = self._connection, None
-            _open_sessions.discard(self)
+            unregister(self)
             if connection is not None:
                 if patience_s is not None:
                     connection.timeout_s = patience_s
@@ -455,75 +395,3 @@ class Session:
         if self._connection is not None:
             self._connection.close(0.0)
         self.arena.close()
-
-
-def _checked(handle: Handle | bytes) -> Handle:
-    """A handle whose fields are of the right types."""
-    if isinstance(handle, (bytes, bytearray, memoryview)):
-        try:
-            return Handle.decode(bytes(handle))
-        except ValueError as error:
-            raise InvalidArgumentError(str(error)) from None
-    if not isinstance(handle, tuple) or len(handle) != 4 or tuple(map(type, handle)) != (bytes, int, int, int):
-        raise InvalidArgumentError(f"a Handle, or the 40 bytes of one, is needed, not {type(handle).__name__}")
-    return Handle(*handle)
-
-
-def _run_extent(size: int) -> int:
-    """Bytes that a run for `size` bytes occupies."""
-    return class_of(size).extent if size <= MAX_CLASS_SIZE else align_up(size, PAGE_SIZE)
-
-
-def _stale(handle: Handle) -> StaleHandleError:
-    return StaleHandleError(f"the block at {handle.address:#x} that the handle names was freed", address=handle.address)
-
-
-# -- all sessions of this process --------------------------------------------------------------------------------------
-_is_exit_registered = False
-
-
-def _register(session: Session) -> None:
-    global _is_exit_registered
-    _open_sessions.add(session)
-    if not _is_exit_registered:
-        _is_exit_registered = True
-        atexit.register(_close_all)
-        os.register_at_fork(after_in_child=_after_fork)
-
-
-def _close_all() -> None:
-    """At exit: tell the daemons, quickly; they notice anyway."""
-    deadline = monotonic() + _EXIT_PATIENCE_S
-    for session in list(_open_sessions):
-        session.close(patience_s=max(deadline - monotonic(), 0.01))
-
-
-def _after_fork() -> None:
-    global _keeping
-    _keeping = threading.Lock()
-    for session in list(_open_sessions):
-        session.forked()
-
-
-def _session_for(endpoint: str, instance: bytes) -> Session:
-    """An open session of this process with that daemon; one is opened, and kept, if there is none."""
-    with _keeping:
-        for session in list(_open_sessions):
-            if session.endpoint == endpoint and session.instance == instance:
-                return session
-        session = connect(endpoint, autostart=False)
-        _kept.append(session)
-        return session
-
-
-def reopen_block(endpoint: str, handle: tuple[bytes, int, int, int]) -> Block:
-    """For pickle: the block of a handle, in the process that unpickles it."""
-    return _session_for(endpoint, handle[0]).open(Handle(*handle))
-
-
-def reopen_heap(endpoint: str, instance: bytes, heap_id: int) -> Heap:
-    """For pickle: the heap, opened by the process that unpickles it."""
-    session = _session_for(endpoint, instance)
-    if session.instance != instance:
-        raise StaleHandleError(f"the pickled heap is of another arena than that of {endpoint}")
-    return session.open_heap_id(heap_id)
