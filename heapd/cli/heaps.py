@@ -1,0 +1,64 @@
+"""`heapd heaps`: every heap of the daemon, how it was made and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+
+import click
+
+import heapd_client as hc
+from heapd.cli.params import endpoint_option, json_option
+from heapd.cli.tables import console, flag_names, heap_title, make_table, opened_info, print_json, size_text
+from heapd.errors import HeapDestroyedError, NoSuchHeapError
+from heapd.records import HeapInfo, HeapStatistics
+from heapd.units import format_size
+from heapd.wire import Endpoint
+
+__all__ = ["heaps"]
+
+
+@click.command("heaps")
+@click.option("--pid", type=click.IntRange(min=1), help="Only the heaps that this process has open, its default first.")
+@json_option
+@endpoint_option
+def heaps(pid: int | None, as_json: bool, endpoint: Endpoint) -> None:
+    """List the heaps and what they hold."""
+    with hc.connect(str(endpoint), autostart=False) as session:
+        found = list(_with_statistics(session, session.heaps(pid)))
+    if as_json:
+        print_json([_plain(info, statistics) for info, statistics in found])
+    elif found:
+        _print(found)
+    else:
+        console().print(f"process {pid} has no heap open" if pid else "no heaps")
+
+
+def _with_statistics(session: hc.Session, infos: list[HeapInfo]) -> Iterator[tuple[HeapInfo, HeapStatistics]]:
+    for info in infos:
+        with suppress(NoSuchHeapError, HeapDestroyedError), opened_info(session, info) as heap:  # gone meanwhile: skip
+            yield info, heap.statistics()
+
+
+def _plain(info: HeapInfo, statistics: HeapStatistics) -> dict[str, object]:
+    return {**asdict(info), "options": flag_names(info), "statistics": asdict(statistics)}
+
+
+def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:
+    table = make_table(
+        "heap", "id", "options", "open in", "reserved", "committed", "busy", "blocks", "orphaned", left=3
+    )
+    for info, statistics in found:
+        table.add_row(
+            heap_title(info),
+            str(info.heap_id),
+            ", ".join(flag_names(info)) or "-",
+            str(info.sessions),
+            format_size(statistics.reserved) + (f" of {format_size(info.maximum)}" if info.maximum else ""),
+            size_text(statistics.committed),
+            size_text(statistics.busy),
+            f"{statistics.busy_blocks:,}",
+            f"{statistics.orphaned_blocks:,}" if statistics.orphaned_blocks else "-",
+        )
+    console().print(table)

@@ -1,0 +1,127 @@
+"""What the listing commands share: finding a heap, tables, JSON, bytes and flags as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import heapd_client as hc
+from heapd.errors import HeapdError, NoSuchHeapError
+from heapd.layout import F_EXECUTABLE, F_FREE_ORPHANS, F_GENERATE_EXCEPTIONS, F_PERSISTENT, F_SERIALIZE
+from heapd.records import HeapInfo, HeapStatistics
+from heapd.units import format_size
+
+__all__ = [
+    "console",
+    "find_heap",
+    "flag_names",
+    "heap_statistics_table",
+    "heap_title",
+    "make_table",
+    "opened",
+    "opened_info",
+    "print_json",
+    "size_text",
+]
+
+_FLAGS = {
+    F_SERIALIZE: "serialized",
+    F_PERSISTENT: "persistent",
+    F_EXECUTABLE: "executable",
+    F_GENERATE_EXCEPTIONS: "exceptions",
+    F_FREE_ORPHANS: "frees orphans",
+}
+
+
+def console() -> Console:
+    """The console on stdout; as wide as the terminal, 100 columns where there is none."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=max(found.width, 100))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def make_table(*headings: str, title: str | None = None, left: int = 1) -> Table:
+    """A table whose columns after the first `left` are right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index < left else "right")
+    return table
+
+
+def size_text(size: int) -> str:
+    """Bytes for a table; nothing for 0, so that what is there stands out."""
+    return format_size(size) if size else "-"
+
+
+def flag_names(info: HeapInfo) -> list[str]:
+    """What a heap's flags say, as words."""
+    return [name for flag, name in _FLAGS.items() if info.flags & flag]
+
+
+def heap_title(info: HeapInfo) -> str:
+    """How a heap is called on screen."""
+    if info.name is not None:
+        return info.name
+    return f"(default of session {info.creator})" if info.is_default else f"(anonymous {info.heap_id})"
+
+
+def find_heap(session: hc.Session, text: str) -> HeapInfo:
+    """The heap of that name, or else of that id.
+
+    Raises: NoSuchHeapError that says what heaps there are.
+    """
+    infos = session.heaps()
+    for info in infos:
+        if info.name == text:
+            return info
+    for info in infos:
+        if str(info.heap_id) == text:
+            return info
+    names = [info.name or str(info.heap_id) for info in infos]
+    known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
+    raise NoSuchHeapError(f"there is no heap {text!r} by name or id; heaps here: {known}")
+
+
+@contextmanager
+def opened_info(session: hc.Session, info: HeapInfo) -> Iterator[hc.Heap]:
+    """A heap, opened to look at it and closed again."""
+    heap = session.open_heap_id(info.heap_id)
+    try:
+        yield heap
+    finally:
+        with suppress(HeapdError):  # it may have gone meanwhile
+            heap.close()
+
+
+@contextmanager
+def opened(session: hc.Session, text: str) -> Iterator[hc.Heap]:
+    """A heap by name or id, opened to look at it and closed again."""
+    with opened_info(session, find_heap(session, text)) as heap:
+        yield heap
+
+
+def heap_statistics_table(heaps: list[tuple[str, HeapStatistics]]) -> Table:
+    """What heaps hold, in a line each; committed is the sum of the five after it."""
+    table = make_table(
+        "", "reserved", "committed", "busy", "padding", "free", "cached", "overhead", "blocks", "taken", "contended"
+    )
+    for label, statistics in heaps:
+        parts = ("reserved", "committed", "busy", "padding", "free", "cached", "overhead")
+        table.add_row(
+            label,
+            *(size_text(getattr(statistics, part)) for part in parts),
+            f"{statistics.busy_blocks:,}",
+            f"{statistics.acquisitions:,}",
+            f"{statistics.contended:,}" if statistics.contended else "-",
+        )
+    return table

@@ -1,0 +1,87 @@
+"""`heapd walk HEAP`: every entry of a heap in address order, written as it comes, so that a million is no problem."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+
+import click
+
+import heapd_client as hc
+from heapd.cli.params import endpoint_option, json_option
+from heapd.cli.tables import opened
+from heapd.records import Entry, EntryKind
+from heapd.units import format_size
+from heapd.wire import Endpoint
+
+__all__ = ["walk"]
+
+_COLOURS = {
+    EntryKind.REGION: "white",
+    EntryKind.BUSY: "blue",
+    EntryKind.FREE: "green",
+    EntryKind.CACHED: "yellow",
+    EntryKind.UNCOMMITTED: "bright_black",
+    EntryKind.OVERHEAD: "bright_black",
+}
+
+
+@click.command("walk")
+@click.argument("heap")
+@click.option("--limit", type=click.IntRange(min=0), default=0, help="At most so many entries; 0: all.")
+@json_option
+@endpoint_option
+def walk(heap: str, limit: int, as_json: bool, endpoint: Endpoint) -> None:
+    """List the entries of HEAP (a name or an id) in address order.
+
+    region: a reserved range. busy: an allocated block. free: committed, nobody's. cached: free, in a front end.
+    uncommitted: reserved only. overhead: slab heads and remainders.
+    """
+    with hc.connect(str(endpoint), autostart=False) as session, opened(session, heap) as found:
+        entries = islice(found.walk(), limit) if limit else found.walk()
+        if as_json:
+            _print_json(entries)
+        else:
+            _print_lines(entries)
+
+
+def _print_json(entries: Iterable[Entry]) -> None:
+    """A JSON array, one entry a line."""
+    click.echo("[", nl=False)
+    for index, entry in enumerate(entries):
+        plain = asdict(entry) | {"kind": EntryKind(entry.kind).name.lower()}
+        click.echo((",\n " if index else "\n ") + json.dumps(plain), nl=False)
+    click.echo("\n]")
+
+
+def _print_lines(entries: Iterable[Entry]) -> None:
+    counts: Counter[EntryKind] = Counter()
+    sizes: Counter[EntryKind] = Counter()
+    click.echo(f"{'kind':<12} {'address':>14} {'size':>12} {'extent':>12} {'session':>7} {'generation':>10}")
+    for entry in entries:
+        kind = EntryKind(entry.kind)
+        counts[kind] += 1
+        sizes[kind] += entry.extent
+        click.echo(_line(kind, entry))
+    click.echo("".join(f"\n{text}" for text in _sums(counts, sizes)).lstrip("\n"))
+
+
+def _line(kind: EntryKind, entry: Entry) -> str:
+    """Sizes in bytes, as they are; what is not there stays blank."""
+    session = str(entry.session) if entry.session else ""
+    generation = str(entry.generation) if entry.generation else ""
+    text = f"{kind.name.lower():<12} {entry.address:>#14x} {entry.size:>12} {entry.extent:>12}"
+    text += f" {session:>7} {generation:>10}"
+    if kind is EntryKind.REGION:
+        text += f"  number {entry.region}, {format_size(entry.committed)} committed"
+    elif entry.orphaned:
+        text += "  orphaned: its session has ended"
+    return click.style(text.rstrip(), fg=_COLOURS[kind], bold=kind is EntryKind.REGION)
+
+
+def _sums(counts: Counter[EntryKind], sizes: Counter[EntryKind]) -> Iterator[str]:
+    for kind, count in sorted(counts.items()):
+        yield f"{count:,} {kind.name.lower()}, {format_size(sizes[kind])}"

@@ -1,0 +1,112 @@
+"""A daemon of one's own for the length of a job: started in a fresh folder, gone afterwards, nothing left.
+
+It runs in a session of its own, so that Ctrl-C reaches the job, which stops it in its own time; and it ends by itself
+should the job be killed before that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import heapd_client as hc
+from heapd.errors import DaemonError
+from heapd.wire import Endpoint
+from heapd.workloads import WorkloadError
+
+__all__ = ["private_daemon", "terminations_raise"]
+
+_START_DEADLINE_S = 20.0
+_STOP_DEADLINE_S = 20.0  # it gives back what it committed, 0.4 s a GiB
+_IDLE_EXIT_S = 30  # after the last session has gone, should nobody stop it
+_SHM = Path("/dev/shm")
+
+
+@contextmanager
+def private_daemon(name: str) -> Iterator[str]:
+    """Run a daemon called `name` in a temporary folder. Yields: its endpoint.
+
+    Raises: WorkloadError with what the daemon said if it does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"heapd-{name}-"))
+    try:
+        endpoint = f"ipc://{folder}/{name}"
+        with (folder / "log").open("wb") as log:
+            daemon = _start(endpoint, log.fileno())
+        try:
+            segment = _wait_for(endpoint, daemon, folder / "log")
+            try:
+                yield endpoint
+            finally:
+                _stop(daemon, segment)
+        finally:
+            _kill(daemon)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(endpoint: str, log: int) -> subprocess.Popen[bytes]:
+    place = Endpoint.parse(endpoint)
+    command = [sys.executable, "-m", "heapd", "serve", "--name", place.name, "--runtime-dir", place.directory]
+    command += ["--idle-exit", str(_IDLE_EXIT_S)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait_for(endpoint: str, daemon: subprocess.Popen[bytes], log: Path) -> str:
+    """Return the segment's name when the daemon answers."""
+    deadline = time.monotonic() + _START_DEADLINE_S
+    while time.monotonic() < deadline:
+        if daemon.poll() is not None:
+            raise WorkloadError(f"the daemon ended with exit code {daemon.returncode}: {_last_lines(log)}")
+        try:
+            return str(hc.daemon_status(endpoint, timeout=1.0)["segment"])
+        except DaemonError:
+            time.sleep(0.01)
+    raise WorkloadError(f"the daemon does not answer after {_START_DEADLINE_S:g} s: {_last_lines(log)}")
+
+
+def _last_lines(log: Path) -> str:
+    return " / ".join(log.read_text(errors="replace").split("\n")[-4:]).strip(" /") or "it said nothing"
+
+
+def _stop(daemon: subprocess.Popen[bytes], segment: str) -> None:
+    """Stop the daemon cleanly; one that does not is killed and its segment removed."""
+    daemon.send_signal(signal.SIGTERM)
+    try:
+        daemon.wait(_STOP_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        _kill(daemon)
+        for path in _SHM.glob(f"{segment}*"):
+            with suppress(OSError):
+                path.unlink()
+        raise WorkloadError(f"the daemon did not stop within {_STOP_DEADLINE_S:g} s and was killed") from None
+
+
+def _kill(daemon: subprocess.Popen[bytes]) -> None:
+    if daemon.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(daemon.pid, signal.SIGKILL)
+        daemon.wait()
+
+
+@contextmanager
+def terminations_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the job as Ctrl-C does, through every cleanup, with exit code 128 + the signal."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
