@@ -1,4 +1,4 @@
-"""heapd: a heap server over shared memory; this package holds the daemon, the arena, the heap managers and the wire format."""
+"""heapd: a heap server over shared memory: the daemon, its arena and heap managers, and the wire format."""
 
 __version__ = "0.1.0"
 
