@@ -22,7 +22,7 @@ from heapd.errors import (
 )
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.layout import BUSY, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.layout import BUSY, CACHED, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
@@ -115,6 +115,37 @@ class Heap:
             self._give_run(first, page_count)
             raise
         return grant
+
+    def lease(self, size: int, count: int, session: int) -> list[Grant]:
+        """Lend up to `count` blocks for `size` bytes each: as alloc, but their words say CACHED.
+
+        Returns: at least one; fewer than `count` when memory runs short.
+        Raises:  as alloc, if there is not even one.
+        """
+        grants: list[Grant] = []
+        words, form = self.arena.words, SLAB_WORD
+        try:
+            for _ in range(count):
+                grant = self.alloc(size, session)
+                form = self.arena.shape.word_format(grant.slot)
+                words[grant.slot] = form.make(CACHED, session, grant.generation, 0)
+                grants.append(grant)
+        except HeapFullError:
+            if not grants:
+                raise
+        return grants
+
+    def give_back(self, address: int, session: int) -> bool:
+        """Take back a block that `session` caches; False, and no change, if it is none."""
+        try:
+            slab, index, slot = self.locate(address)
+        except ValueError:
+            return False
+        word, form = self.arena.words[slot], self.arena.shape.word_format(slot)
+        if form.state(word) != CACHED or form.session(word) != session:
+            return False
+        self.take_back(slab, index, slot)
+        return True
 
     def check_size(self, size: int) -> None:
         """Raises: BlockTooLargeError if no block of `size` bytes can ever come from this heap."""
