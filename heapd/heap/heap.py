@@ -22,7 +22,7 @@ from heapd.errors import (
 )
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.layout import BUSY, CACHED, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
@@ -111,7 +111,7 @@ class Heap:
         except HeapFullError:
             if self.runs.pop(first, 0):
                 self.releases += 1
-                self.arena.words[grant.slot] = RUN_WORD.make(FREE, 0, grant.generation, 0)
+                self.arena.words[grant.slot] = RUN_WORD.free(grant.generation)
             self._give_run(first, page_count)
             raise
         return grant
@@ -123,12 +123,12 @@ class Heap:
         Raises:  as alloc, if there is not even one.
         """
         grants: list[Grant] = []
-        words, form = self.arena.words, SLAB_WORD
+        words = self.arena.words
         try:
             for _ in range(count):
                 grant = self.alloc(size, session)
                 form = self.arena.shape.word_format(grant.slot)
-                words[grant.slot] = form.make(CACHED, session, grant.generation, 0)
+                words[grant.slot] = form.cached(session, grant.generation)
                 grants.append(grant)
         except HeapFullError:
             if not grants:
@@ -165,7 +165,7 @@ class Heap:
         slot = slab.slot + index
         words = self.arena.words
         generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
-        words[slot] = SLAB_WORD.make(BUSY, session, generation, size)
+        words[slot] = SLAB_WORD.busy(session, generation, size)
         return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
@@ -232,7 +232,7 @@ class Heap:
         slot = self.arena.shape.run_slot(first)
         words = self.arena.words
         generation = RUN_WORD.next_generation(RUN_WORD.generation(words[slot]))
-        words[slot] = RUN_WORD.make(BUSY, session, generation, size)
+        words[slot] = RUN_WORD.busy(session, generation, size)
         return Grant(slot, first << PAGE_SHIFT, generation, page_count << PAGE_SHIFT, fresh)
 
     # -- free --------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Heap:
         """Take back a block that `locate` found, whatever its word says."""
         words = self.arena.words
         form = RUN_WORD if slab is None else SLAB_WORD
-        words[slot] = form.make(FREE, 0, form.generation(words[slot]), 0)
+        words[slot] = form.free(form.generation(words[slot]))
         self.releases += 1
         if slab is None:
             self._give_run(index, self.runs.pop(index))
@@ -343,7 +343,7 @@ class Heap:
                 raise CannotResizeInPlaceError(
                     f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
                 )
-        self.arena.words[slot] = form.make(BUSY, form.session(word), generation, size)
+        self.arena.words[slot] = form.busy(form.session(word), generation, size)
         return Grant(slot, address, generation, extent, False)
 
     def _resize_run(self, first: int, size: int) -> int:
