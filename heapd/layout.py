@@ -21,13 +21,13 @@ the directory and no page of the map behind it, and a read of an uncommitted pag
 
 State word: the whole truth about one block. Moved from one state to the next by one aligned 8-byte store.
 
-    top bits    generation  31 bits for slab blocks, 12 for runs
-    2 bits      state       FREE 0, CACHED 1, BUSY 2
-    14 bits     session     who holds or caches it, 0 when FREE
-    low bits    requested   size in bytes: 17 bits for slab blocks, 36 for runs; 0 unless BUSY
+    top bits    generation  33 bits for slab blocks, 14 for runs
+    14 bits     session     who allocated or caches it, 0 when FREE
+    low bits    size        17 bits for slab blocks, 36 for runs: bytes requested when BUSY, 0 when CACHED or FREE
 
-The generation is on top so that a front end counts it up by one addition and no mask: the store of a word that ran
-over is refused, and the slow path starts again from 1.
+The state follows: FREE has no session, CACHED a session and no size, BUSY both. A BUSY block of 0 bytes has all bits
+of the size set. So a front end, which holds the word of a cached block, allocates by adding the size to it and frees
+by storing it again; nothing in the arithmetic of the hot path knows of states.
 
 Slab head: word 0 is the descriptor (magic, class index), then a state word for each block; geometry follows from the
 class (sizeclass.py).
@@ -141,33 +141,42 @@ SESSION_MASK: Final = (1 << 14) - 1  # sessions are numbered from 1 to this
 class WordFormat:
     """How a state word divides, given the bits of the requested size.
 
-    Fields: size_bits, size_mask, session_shift, state_shift, generation_shift, generation_mask (of a generation).
+    Fields: size_bits, size_mask (also: the mark of a BUSY block of 0 bytes), generation_shift, generation_mask (of a
+    generation).
     """
 
-    __slots__ = ("generation_mask", "generation_shift", "session_shift", "size_bits", "size_mask", "state_shift")
+    __slots__ = ("generation_mask", "generation_shift", "size_bits", "size_mask")
 
     def __init__(self, size_bits: int) -> None:
         self.size_bits = size_bits
         self.size_mask = (1 << size_bits) - 1
-        self.session_shift = size_bits
-        self.state_shift = size_bits + 14
-        self.generation_shift = size_bits + 16
+        self.generation_shift = size_bits + 14
         self.generation_mask = (1 << 64 - self.generation_shift) - 1
 
-    def make(self, state: int, session: int, generation: int, size: int) -> int:
-        return generation << self.generation_shift | state << self.state_shift | session << self.session_shift | size
+    def free(self, generation: int) -> int:
+        return generation << self.generation_shift
+
+    def cached(self, session: int, generation: int) -> int:
+        return generation << self.generation_shift | session << self.size_bits
+
+    def busy(self, session: int, generation: int, size: int) -> int:
+        return generation << self.generation_shift | session << self.size_bits | (size or self.size_mask)
 
     def state(self, word: int) -> int:
-        return word >> self.state_shift & 3
+        if word & self.size_mask:
+            return BUSY
+        return CACHED if word >> self.size_bits & SESSION_MASK else FREE
 
     def session(self, word: int) -> int:
-        return word >> self.session_shift & SESSION_MASK
+        return word >> self.size_bits & SESSION_MASK
 
     def generation(self, word: int) -> int:
         return word >> self.generation_shift
 
     def size(self, word: int) -> int:
-        return word & self.size_mask
+        """Bytes requested, of a BUSY block's word."""
+        size = word & self.size_mask
+        return 0 if size == self.size_mask else size
 
     def next_generation(self, generation: int) -> int:
         """The one after; 0 is skipped, so that a handle of zeros never names a block."""
@@ -176,7 +185,7 @@ class WordFormat:
 
 SLAB_WORD: Final = WordFormat(17)
 RUN_WORD: Final = WordFormat(36)
-MAX_BLOCK_SIZE: Final = 64 * GIB - 1  # what 36 bits hold
+MAX_BLOCK_SIZE: Final = 64 * GIB - 2  # what 36 bits hold, less the mark of 0 bytes
 
 SLAB_MAGIC: Final = int.from_bytes(b"SLAB", "little")
 

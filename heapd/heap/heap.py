@@ -22,7 +22,7 @@ from heapd.errors import (
 )
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.layout import BUSY, FREE, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
@@ -111,10 +111,41 @@ class Heap:
         except HeapFullError:
             if self.runs.pop(first, 0):
                 self.releases += 1
-                self.arena.words[grant.slot] = RUN_WORD.make(FREE, 0, grant.generation, 0)
+                self.arena.words[grant.slot] = RUN_WORD.free(grant.generation)
             self._give_run(first, page_count)
             raise
         return grant
+
+    def lease(self, size: int, count: int, session: int) -> list[Grant]:
+        """Lend up to `count` blocks for `size` bytes each: as alloc, but their words say CACHED.
+
+        Returns: at least one; fewer than `count` when memory runs short.
+        Raises:  as alloc, if there is not even one.
+        """
+        grants: list[Grant] = []
+        words = self.arena.words
+        try:
+            for _ in range(count):
+                grant = self.alloc(size, session)
+                form = self.arena.shape.word_format(grant.slot)
+                words[grant.slot] = form.cached(session, grant.generation)
+                grants.append(grant)
+        except HeapFullError:
+            if not grants:
+                raise
+        return grants
+
+    def give_back(self, address: int, session: int) -> bool:
+        """Take back a block that `session` caches; False, and no change, if it is none."""
+        try:
+            slab, index, slot = self.locate(address)
+        except ValueError:
+            return False
+        word, form = self.arena.words[slot], self.arena.shape.word_format(slot)
+        if form.state(word) != CACHED or form.session(word) != session:
+            return False
+        self.take_back(slab, index, slot)
+        return True
 
     def check_size(self, size: int) -> None:
         """Raises: BlockTooLargeError if no block of `size` bytes can ever come from this heap."""
@@ -134,7 +165,7 @@ class Heap:
         slot = slab.slot + index
         words = self.arena.words
         generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
-        words[slot] = SLAB_WORD.make(BUSY, session, generation, size)
+        words[slot] = SLAB_WORD.busy(session, generation, size)
         return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
@@ -201,7 +232,7 @@ class Heap:
         slot = self.arena.shape.run_slot(first)
         words = self.arena.words
         generation = RUN_WORD.next_generation(RUN_WORD.generation(words[slot]))
-        words[slot] = RUN_WORD.make(BUSY, session, generation, size)
+        words[slot] = RUN_WORD.busy(session, generation, size)
         return Grant(slot, first << PAGE_SHIFT, generation, page_count << PAGE_SHIFT, fresh)
 
     # -- free --------------------------------------------------------------------------------------------------------
@@ -223,7 +254,7 @@ class Heap:
         """Take back a block that `locate` found, whatever its word says."""
         words = self.arena.words
         form = RUN_WORD if slab is None else SLAB_WORD
-        words[slot] = form.make(FREE, 0, form.generation(words[slot]), 0)
+        words[slot] = form.free(form.generation(words[slot]))
         self.releases += 1
         if slab is None:
             self._give_run(index, self.runs.pop(index))
@@ -312,7 +343,7 @@ class Heap:
                 raise CannotResizeInPlaceError(
                     f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
                 )
-        self.arena.words[slot] = form.make(BUSY, form.session(word), generation, size)
+        self.arena.words[slot] = form.busy(form.session(word), generation, size)
         return Grant(slot, address, generation, extent, False)
 
     def _resize_run(self, first: int, size: int) -> int:

@@ -48,7 +48,7 @@ class Slab:
     def write_head(self, words: memoryview, seed: int) -> None:
         """Write the descriptor and a free state word for each block; generations count on from `seed`."""
         kind = self.kind
-        word = SLAB_WORD.make(0, 0, seed & SLAB_WORD.generation_mask, 0)
+        word = SLAB_WORD.free(seed & SLAB_WORD.generation_mask)
         words[self.slot : self.slot + kind.block_count] = memoryview(array("Q", [word]) * kind.block_count)
         words[self.slot - 1] = slab_descriptor(kind.index)
 

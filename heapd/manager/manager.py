@@ -97,6 +97,8 @@ class HeapManager:
             m.HeapResize: self._resize,
             m.HeapFree: self._free,
             m.HeapFreeMany: self._free_many,
+            m.HeapLease: self._lease,
+            m.HeapGiveBack: self._give_back,
             m.HeapWalk: self._walk,
             m.HeapValidate: self._validate,
             m.HeapCompact: self._compact,
@@ -422,6 +424,30 @@ class HeapManager:
         for address, generation in pairs:
             shared.heap.free(address, generation)
         return None if self.arena.is_settled else self._settle_then(None)
+
+    def _lease(self, session: Session, request: m.HeapLease) -> list[Grant]:
+        shared = session.heaps.get(request.heap) or self._locate(session, request.heap)
+        if request.size * request.count > SLICE_BYTES:
+            raise InvalidArgumentError(f"a lease of {request.count} blocks of {request.size} bytes is too large at once")
+        return shared.heap.lease(request.size, request.count, session.number)
+
+    def _give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
+        shared = session.heaps.get(request.heap) or self._locate(session, request.heap)
+        if request.everything:
+            return self._give_back_all(session, shared)
+        taken = sum(shared.heap.give_back(address, session.number) for address in request.addresses)
+        return taken if self.arena.is_settled else self._settle_then(taken)
+
+    def _give_back_all(self, session: Session, shared: SharedHeap) -> Job:
+        taken = 0
+        for seen, (_, address) in enumerate(shared.heap.lent_slots(), 1):
+            taken += shared.heap.give_back(address, session.number)
+            if seen % _WORDS_A_SLICE == 0:
+                yield
+                if shared.is_destroyed:
+                    break
+        yield from self._settle()
+        return taken
 
     def _explain(self, shared: SharedHeap, address: int, error: NotABlockError) -> HeapdError:
         """Say more about an address that is no block of the heap."""

@@ -259,6 +259,32 @@ class HeapFreeMany(Request):
     blocks: Annotated[list[int], Items(_U63, 2 * MAX_BATCH)]
 
 
+# -- front ends: blocks in batches ------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class HeapLease(Request):
+    """Lend the session up to `count` free blocks for `size` bytes each, to allocate by itself: their state words say
+    CACHED and name the session. Answer: list of Grant tuples, at least one; fewer than asked for when memory is short.
+    """
+
+    op: ClassVar[int] = 35
+    name: ClassVar[str] = "heap.lease"
+    heap: HeapId
+    size: Size
+    count: Annotated[int, Range(1, MAX_BATCH)]
+
+
+@dataclass(frozen=True, slots=True)
+class HeapGiveBack(Request):
+    """Take back blocks whose state words say that this session caches them; others in the list are passed over.
+    With `everything` every such block of the heap, listed or not. Answer: how many were taken back."""
+
+    op: ClassVar[int] = 36
+    name: ClassVar[str] = "heap.give_back"
+    heap: HeapId
+    addresses: Annotated[list[int], Items(_U63, MAX_BATCH)]
+    everything: Flag = False
+
+
 # -- looking at a heap ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class HeapWalk(Request):
@@ -354,7 +380,7 @@ OPS: Final[dict[int, type[Request]]] = {
     kind.op: kind
     for kind in (
         SessionClose, SessionList, ArenaStatisticsGet, HeapCreate, HeapOpen, HeapOpenId, HeapDefault, HeapClose,
-        HeapDestroy, HeapList, HeapAlloc, HeapAllocMany, HeapResize, HeapFree, HeapFreeMany, HeapWalk, HeapValidate,
+        HeapDestroy, HeapList, HeapAlloc, HeapAllocMany, HeapResize, HeapFree, HeapFreeMany, HeapLease, HeapGiveBack, HeapWalk, HeapValidate,
         HeapCompact, HeapStatisticsGet, NamePublish, NameLookup, NameUnpublish, NameList,
     )
 }  # fmt: skip
