@@ -11,7 +11,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import mmap
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -30,6 +30,13 @@ class _Untracked(shared_memory.SharedMemory):
 
     def __del__(self) -> None:
         pass  # the base class would close() and complain of views; the kernel unmaps at exit
+
+
+class _Attached(_Untracked):
+    """One that somebody else made."""
+
+    def unlink(self) -> None:
+        pass  # the base class would unlink what it cannot map: another's segment, because we are short of address space
 
 
 @contextmanager
@@ -51,10 +58,11 @@ def _no_tracker(name: str) -> Iterator[None]:
 
 def _open(name: str, size: int) -> shared_memory.SharedMemory:
     """size 0 attaches."""
+    kind = _Untracked if size else _Attached
     if sys.version_info >= (3, 13):
-        return _Untracked(name, create=size > 0, size=size, track=False)
+        return kind(name, create=size > 0, size=size, track=False)
     with _no_tracker(name):
-        return _Untracked(name, create=size > 0, size=size)
+        return kind(name, create=size > 0, size=size)
 
 
 class Segment:
@@ -94,7 +102,8 @@ class Segment:
     def attach(cls, name: str) -> Segment:
         """Map an existing segment of this user.
 
-        Raises: SegmentError if it is missing, not a plain file, another user's, or writable by others.
+        Raises: SegmentError if it is missing, empty, not a plain file, another user's, writable by others, or too large
+                for this process to map.
         """
         try:
             status = os.lstat(SHM_DIRECTORY / name)
@@ -102,7 +111,12 @@ class Segment:
             raise SegmentError(f"there is no shared memory segment {name}") from None
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise SegmentError(f"the shared memory segment {name} is not a private file of this user")
-        return cls(_open(name, 0), name)
+        if not status.st_size:
+            raise SegmentError(f"the shared memory segment {name} is empty: whoever was making it did not finish")
+        try:
+            return cls(_open(name, 0), name)
+        except OSError as error:
+            raise SegmentError(f"cannot map the shared memory segment {name}: {error}") from error
 
     @property
     def allocated_bytes(self) -> int:
@@ -118,11 +132,9 @@ class Segment:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        self.words.release()
-        try:
+        with suppress(BufferError):
+            self.words.release()
             self._memory.close()
-        except BufferError:
-            return
 
 
 def segment_exists(name: str) -> bool:
