@@ -73,6 +73,7 @@ class Arena:
         self._granules = Extents()  # free address space
         self._doomed: list[tuple[int, int]] = []  # released ranges that still have to be decommitted
         self._seed = int.from_bytes(os.urandom(4), "little")
+        self._controls_ready = 0  # control blocks whose page is committed
 
     @classmethod
     def create(cls, name: str, *, reserve: int, commit_limit: int | None = None) -> Arena:
@@ -92,6 +93,7 @@ class Arena:
             arena._write_header()
         except BaseException:
             segment.unlink()
+            segment.close()
             raise
         return arena
 
@@ -206,6 +208,7 @@ class Arena:
             first, count = first + count - SLICE_PAGES, SLICE_PAGES
         self._punch(first, count, PAGE_FREE)
         self._granules.give(first // GRANULE_PAGES, count // GRANULE_PAGES)
+        self._publish()
 
     def settle_all(self) -> None:
         while self._doomed:
@@ -305,12 +308,12 @@ class Arena:
     # -- control blocks, numbers ---------------------------------------------------------------------------------------
     def prepare_control(self, index: int) -> int:
         """Commit control block `index`; its first slot. Raises: HeapFullError; nothing has changed."""
-        ready = self.words[H_CONTROLS_READY]
+        ready = self._controls_ready
         if index >= ready:
             per_page = PAGE_SIZE // CONTROL_SIZE
             until = align_up(index + 1, per_page)
             self._commit_table(self.shape.controls + ready * CONTROL_SIZE, (until - ready) * CONTROL_SIZE)
-            self.words[H_CONTROLS_READY] = until
+            self.words[H_CONTROLS_READY] = self._controls_ready = until
         return self.shape.control_slot(index)
 
     def next_seed(self) -> int:

@@ -31,7 +31,11 @@ def _fill(word: int, count: int) -> memoryview:
 
 
 class PageMap:
-    """Writes page words; commits the map's own pages through `commit_table(address, size)` before it touches them."""
+    """Writes page words; commits the map's own pages through `commit_table(address, size)` before it touches them.
+
+    Which chunks are mapped is kept in private, too: a directory that a client scribbled on must not lead the daemon to
+    a page of the map that is not committed.
+    """
 
     def __init__(self, words: memoryview, shape: ArenaShape, commit_table: Callable[[int, int], None]) -> None:
         self._words = words
@@ -39,6 +43,7 @@ class PageMap:
         self._commit_table = commit_table
         self._directory = shape.directory // WORD
         self._map = shape.page_map // WORD
+        self._mapped = bytearray(shape.chunk_count)
 
     def prepare(self) -> None:
         """Commit the directory and say that the tables' own pages are tables."""
@@ -48,11 +53,12 @@ class PageMap:
         self._words[self._directory : self._directory + chunks] = _fill(word, chunks)
 
     def word(self, page: int) -> int:
-        return page_word(self._words, self._shape, page)
+        """What a reader finds for the page; a directory entry that leads nowhere is returned as it is."""
+        entry: int = self._words[self._directory + (page >> CHUNK_SHIFT)]
+        return page_word(self._words, self._shape, page) if self._mapped[page >> CHUNK_SHIFT] else entry
 
     def is_mapped(self, chunk: int) -> bool:
-        entry: int = self._words[self._directory + chunk]
-        return entry == MAPPED
+        return self._mapped[chunk] == 1
 
     def map_range(self, first: int, count: int) -> None:
         """Make sure that every page of the range has a word and a run word of its own.
@@ -78,6 +84,7 @@ class PageMap:
         self._commit_table(shape.run_words + chunk * PAGE_SIZE, PAGE_SIZE)
         at = self._map + (chunk << CHUNK_SHIFT)
         self._words[at : at + CHUNK_PAGES] = _fill(self._words[self._directory + chunk], CHUNK_PAGES)
+        self._mapped[chunk] = 1
         self._words[self._directory + chunk] = MAPPED  # last: readers may look there from now on
 
     def set(self, first: int, count: int, word: int) -> None:
