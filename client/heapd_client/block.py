@@ -4,6 +4,10 @@ A view must not dangle, so `free` and `realloc` are refused while one is alive. 
 memoryview of the block's bytes of its own: the exporter cannot be released while a memoryview, cast, slice or array
 made from it is alive, which is Python's own buffer bookkeeping and costs nothing. The block's own `view` is told apart
 from what is derived of it by its reference count.
+
+A block knows its state word (`_word`): what the arena's word must be for the block to be this one. It is negated once a
+handle was made, for then the next owner of the memory needs another generation; and 0 after free. That is all that
+the hot path (hotpath.py) looks at.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 from heapd.errors import BlockInUseError, ClosedError, HeapdError, InvalidArgumentError, MissingExtraError
-from heapd.layout import Handle
+from heapd.layout import Handle, WordFormat
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -22,8 +26,9 @@ if TYPE_CHECKING:
 
     from .heap import Heap
 
-__all__ = ["Block"]
+__all__ = ["IDLE_EXPORTER", "Block"]
 
+IDLE_EXPORTER = 3  # references to an exporter of which no view is alive: the block's, its buffer's, getrefcount's
 _OWN_REFERENCES = 2  # of an object that one local name alone refers to: the name, and getrefcount's argument
 
 
@@ -32,27 +37,28 @@ class Block:
 
     Dropping the object frees nothing: another process may use the block. `free` it, or leave a `with block:`.
 
-    Attributes: heap; address (bytes from the arena's base, the same in every process); size (bytes asked for);
-    extent (bytes it occupies); generation, slot (see `Handle`); is_free (True: freed through this object).
+    Attributes: heap; address (bytes from the arena's base, the same in every process); extent (bytes it occupies); slot
+    (of its state word, see `Handle`).
     """
 
-    __slots__ = ("_exporter", "_view", "address", "extent", "generation", "heap", "is_free", "size", "slot")
+    __slots__ = ("_base", "_buffer", "_exporter", "_seen", "_view", "_word", "address", "extent", "heap", "slot")
 
-    def __init__(self, heap: Heap, slot: int, address: int, generation: int, extent: int, size: int) -> None:
-        """For the library alone."""
+    def __init__(self, heap: Heap, slot: int, address: int, extent: int, word: int) -> None:
+        """For the library alone. `word` is the block's state word: BUSY, or CACHED and 0 is what `_word` becomes."""
         self.heap = heap
         self.slot = slot
         self.address = address
-        self.generation = generation
         self.extent = extent
-        self.size = size
-        self.is_free = False
+        self._word = word
+        self._base = 0  # the CACHED word that free stores; only in blocks that front ends deal with
         self._view: memoryview | None = None
         self._exporter: memoryview | None = None
+        self._buffer: PickleBuffer | None = None  # of the exporter; a memoryview of it has its own buffer bookkeeping
+        self._seen = 0  # `_word` when they were made
 
     def __repr__(self) -> str:
-        state = ", free" if self.is_free else ""
-        return f"<Block address={self.address:#x} size={self.size} generation={self.generation}{state}>"
+        state = f"size={self.size}" if self._word else "free"
+        return f"<Block address={self.address:#x} {state}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         from .registry import reopen_block
@@ -64,6 +70,46 @@ class Block:
         if self.is_free:
             raise ClosedError("the block has been freed")
         self.heap.check()
+
+    @property
+    def _form(self) -> WordFormat:
+        return self.heap.mapping.shape.word_format(self.slot)
+
+    @property
+    def word(self) -> int:
+        """The state word that the arena holds while the block is allocated; 0 once it was freed."""
+        return abs(self._word)
+
+    @property
+    def is_free(self) -> bool:
+        """True: freed through this object."""
+        return not self._word
+
+    @property
+    def has_handle(self) -> bool:
+        """A handle of it may be around: the memory's next block needs another generation."""
+        return self._word < 0
+
+    @property
+    def size(self) -> int:
+        """Bytes asked for; 0 once freed."""
+        return self._form.size(abs(self._word))
+
+    @property
+    def generation(self) -> int:
+        """Of the block, as in its handle."""
+        word = abs(self._word)
+        self._word = -word  # somebody may build a handle of it
+        return self._form.generation(word)
+
+    def become(self, slot: int, address: int, extent: int, word: int) -> None:
+        """For Heap: this object stands for that allocated block from now on, or for the same one resized.
+        A negative word: a handle may be around."""
+        self.slot, self.address, self.extent, self._word = slot, address, extent, word
+
+    def forget(self) -> None:
+        """For Heap: the block was freed."""
+        self._word = 0
 
     # -- bytes -------------------------------------------------------------------------------------------------------
     @property
@@ -78,7 +124,7 @@ class Block:
         Raises: ClosedError after free or close; HeapDestroyedError.
         """
         view = self._view
-        if view is not None and not self.is_free:
+        if view is not None and self._word:
             try:
                 view.readonly  # noqa: B018 - raises if the view was released by `with block.view` or `release()`
                 return view
@@ -86,9 +132,14 @@ class Block:
                 pass
         self._check()
         exporter = self._exporter
+        if exporter is not None and exporter.nbytes != self.size:  # left from a life of another size
+            exporter = None
         if exporter is None:
             exporter = self._exporter = self.heap.mapping.base[self.address : self.address + self.size]
-        view = self._view = memoryview(PickleBuffer(exporter))
+            self._buffer = PickleBuffer(exporter)
+            self._seen = self._word
+        assert self._buffer is not None
+        view = self._view = memoryview(self._buffer)
         return view
 
     def ndarray(self, shape: int | tuple[int, ...], dtype: Any = "u1") -> np.ndarray[Any, Any]:
@@ -124,7 +175,7 @@ class Block:
     def realloc(self, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:
         """Resize the block, moving it if it cannot grow where it is; its first bytes stay what they were.
 
-        Handles made before name it no longer.
+        A handle made before leads to the block where it was not moved, else it is stale.
         Args:    size (bytes), zero (bytes beyond the old size read as zero), in_place_only (rather fail than move).
         Returns: this object, updated.
         Raises:  BlockInUseError while a view is alive; HeapFullError, BlockTooLargeError, CannotResizeInPlaceError,
@@ -187,13 +238,15 @@ class Block:
                 raise self._in_use() from None
             view = None
         # numpy.ndarray(buffer=view) keeps no buffer open, but does refer to the exporter: the count shows it.
-        self._exporter = None
+        self._exporter = self._buffer = None
+        self._seen = 0
         try:
             if getrefcount(exporter) > _OWN_REFERENCES:
                 raise self._in_use()
             exporter.release()
         except BufferError as error:
             self._exporter = exporter
+            self._buffer = PickleBuffer(exporter)
             raise (error if isinstance(error, BlockInUseError) else self._in_use()) from None
 
     def _in_use(self) -> BlockInUseError:

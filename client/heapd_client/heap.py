@@ -36,16 +36,21 @@ from heapd.layout import (
     C_RECOVERED,
     C_WAITED_NS,
     F_EXECUTABLE,
+    F_FREE_ORPHANS,
     F_SERIALIZE,
     HEAP_INDEX_BITS,
     Handle,
 )
 from heapd.mutex import Mutex, held
 from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics, Publication, Violation
+from heapd.sizeclass import class_of
+from heapd.units import PAGE_SHIFT, pages_for
 from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
 from .block import Block
+from .frontend import FrontEnd, check_busy
+from .hotpath import Lock
 from .locking import HeldLock
 
 if TYPE_CHECKING:
@@ -84,8 +89,9 @@ class Heap:
         self._is_serialized = bool(info.flags & F_SERIALIZE)
         self.is_executable = bool(info.flags & F_EXECUTABLE)
         self._is_closed = False
-        self._live_slot = self._control + C_LIVE
+        self.live_slot = self._control + C_LIVE
         self._live_word = info.epoch << 1 | 1
+        self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
 
     def __repr__(self) -> str:
         return f"<Heap {self.info.name or 'anonymous'!r} id={self.id:#x}>"
@@ -110,16 +116,56 @@ class Heap:
         """Raises: ClosedError if the heap or its session was closed here, HeapDestroyedError if the heap is gone."""
         if self._is_closed:
             raise ClosedError("the heap was closed, or its session was")
-        if self._words[self._live_slot] != self._live_word:
+        if self._words[self.live_slot] != self._live_word:
             word = self._find_live_word()
             if word is None:
                 raise HeapDestroyedError(f"the heap {self.info.name or self.id} was destroyed", heap=self.id)
-            self._live_word = word  # a new epoch: nothing is cached here that would have to go
+            self._live_word = word
+            self.release_cache()
+
+    def release_cache(self) -> None:
+        """Give back what is cached here, and start with empty caches. Raises: DaemonError."""
+        front = self._front
+        if front is not None:
+            self._drop_front()
+            front.give_back_all()
+
+    def _drop_front(self) -> None:
+        if self._front is not None:
+            self._words[self._acquired] += self._front.take_count()
+            self._front.abandon()
+            self._front = None
+            self.__dict__.pop("alloc", None)
+
+    def _front_end(self) -> FrontEnd | None:
+        """The front end, made now if need be; None in a session without front ends."""
+        front = self._front
+        if front is None and self.session.has_front_ends:
+            session = self.session.number
+            self.check()
+            lock = None
+            if self._is_serialized:
+                mutex, timeout = self._mutex, self.session.timeout
+                lock = Lock(mutex.trylock, mutex.unlock, lambda status: mutex.settle(status, timeout), self._undo)
+            front = self._front = FrontEnd(self, session, self._live_word, lock)
+            self.__dict__["alloc"] = front.alloc
+        return front
+
+    def _undo(self, status: int | None) -> None:
+        """Give the mutex up, as a hot function's `status` tells; see hotpath.Lock."""
+        mutex = self._mutex
+        if status is None:
+            if mutex.depth():  # trylock took it
+                mutex.release()
+        elif status == 0:
+            mutex.release()
+        elif status > 0:
+            mutex.unwind(0)  # it waited, so it did not hold it before
 
     def _find_live_word(self) -> int | None:
         """The live word, None if the heap is no more or its control block serves another one."""
         words = self._words
-        word: int = words[self._live_slot]
+        word: int = words[self.live_slot]
         return word if word & 1 and words[self._control + C_HEAP_ID] == self.id else None
 
     # -- the lock ----------------------------------------------------------------------------------------------------
@@ -188,21 +234,33 @@ class Heap:
         Raises:  HeapFullError, BlockTooLargeError, InvalidArgumentError, HeapDestroyedError, ClosedError,
                  LockTimeoutError, DaemonError; nothing is allocated then.
         """
-        if type(size) is not int:
+        return self.alloc_slow(size, zero, None)
+
+    def alloc_slow(self, size: int, zero: bool, popped: Block | None) -> Block:
+        """For the front end: alloc where its hot function does not suffice."""
+        if type(size) is not int or size < 0:
             size = _as_size(size)
         self.check()
         if not self._is_serialized:
-            return self._alloc(size, zero)
+            return self._alloc(size, zero, popped)
         with held(self._mutex, self.session.timeout):
             self._words[self._acquired] += 1
-            return self._alloc(size, zero)
+            return self._alloc(size, zero, popped)
 
-    def _alloc(self, size: int, zero: bool) -> Block:
+    def _alloc(self, size: int, zero: bool, popped: Block | None = None) -> Block:
+        front = self._front_end()
+        if front is not None:
+            return front.allocate(size, zero, popped)
         slot, address, generation, extent, fresh = self.session.call(ask.HeapAlloc(self.id, size))
-        block = Block(self, slot, address, generation, extent, size)
+        block = self._block(slot, address, generation, extent, size)
         if zero or self.mapping.has_executable_pages or self.is_executable:
             self._prepare(block, zero and not fresh)
         return block
+
+    def _block(self, slot: int, address: int, generation: int, extent: int, size: int) -> Block:
+        """The object for a block that the daemon has allocated for this session."""
+        word = self.mapping.shape.word_format(slot).busy(self.session.number, generation, size)
+        return Block(self, slot, address, extent, word)
 
     def _prepare(self, block: Block, zero: bool) -> None:
         """Make a block just granted what was asked for; it is given back if that fails."""
@@ -247,7 +305,7 @@ class Heap:
         grants = self.session.call(ask.HeapAllocMany(self.id, sizes))
         first = len(blocks)
         blocks += [
-            Block(self, slot, address, generation, extent, size)
+            self._block(slot, address, generation, extent, size)
             for (slot, address, generation, extent, _), size in zip(grants, sizes, strict=True)
         ]
         if zero or self.mapping.has_executable_pages or self.is_executable:
@@ -269,35 +327,56 @@ class Heap:
             self._free(block)
 
     def _free(self, block: Block) -> None:
+        front = self._front_end()
+        if front is not None and self._is_ours_to_cache(block):
+            front.take_back(block)
+            return
         try:
             self.session.call(ask.HeapFree(self.id, block.address, block.generation))
         except NotABlockError:
             raise _freed(block) from None
-        block.is_free = True
+        block.forget()
+
+    def _is_ours_to_cache(self, block: Block) -> bool:
+        """Whether the state word of an allocated block is this session's to write. In a heap that frees the blocks
+        of sessions that died, the daemon may be about to do that to somebody else's."""
+        if not self.info.flags & F_FREE_ORPHANS:
+            return True
+        form = self.mapping.shape.word_format(block.slot)
+        return form.session(self._words[block.slot]) == self.session.number
 
     def free_many(self, blocks: Iterable[Block]) -> None:
-        """Give several blocks back in few round trips. All are checked before any is freed, by 4,096.
+        """Give several blocks back. All are checked before any is freed.
 
         Raises: as Block.free, of any of them; DoubleFreeError also if one is named twice.
         """
         doomed = list(blocks)
         self.check()
-        seen: set[tuple[int, int]] = set()
+        seen: set[int] = set()
         for block in doomed:
             self._check_own(block)
-            if (block.address, block.generation) in seen:
+            if block.address in seen:
                 raise DoubleFreeError(f"the block at {block.address:#x} is in the list twice", address=block.address)
-            seen.add((block.address, block.generation))
+            seen.add(block.address)
         for block in doomed:
             block.release_views()
         with self._hold():
             self._count()
-            for at in range(0, len(doomed), MAX_BATCH):
-                batch = doomed[at : at + MAX_BATCH]
-                names = [part for block in batch for part in (block.address, block.generation)]
-                self.session.call(ask.HeapFreeMany(self.id, names))
-                for block in batch:
-                    block.is_free = True
+            if self._front_end() is None:
+                self._free_batches(doomed)
+                return
+            for block in doomed:
+                check_busy(self._words[block.slot], block, self.mapping.shape.word_format(block.slot))
+            for block in doomed:
+                self._free(block)
+
+    def _free_batches(self, doomed: list[Block]) -> None:
+        for at in range(0, len(doomed), MAX_BATCH):
+            batch = doomed[at : at + MAX_BATCH]
+            names = [part for block in batch for part in (block.address, block.generation)]
+            self.session.call(ask.HeapFreeMany(self.id, names))
+            for block in batch:
+                block.forget()
 
     def _check_own(self, block: Block) -> None:
         if block.heap is not self and (block.heap.id != self.id or block.heap.mapping is not self.mapping):
@@ -315,36 +394,57 @@ class Heap:
         with self._hold():
             self._count()
             old_size = block.size
-            try:
-                grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size))
-            except CannotResizeInPlaceError:
-                if in_place_only:
-                    raise
-                self._move(block, size)
-            except NotABlockError:
-                raise _freed(block) from None
-            else:
-                _, _, block.generation, block.extent, _ = grant
-                block.size = size
-                self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
+            if not self._resize_here(block, size, in_place_only):
+                self._resize_there(block, size, in_place_only)
             if zero and size > old_size:
                 self.mapping.zero(block.address + old_size, size - old_size)
         return block
 
+    def _resize_here(self, block: Block, size: int, in_place_only: bool) -> bool:
+        """Resize within what the block occupies by storing its word; False if that is not possible, or too wasteful."""
+        if self._front_end() is None or size > block.extent or not self._is_ours_to_cache(block):
+            return False
+        form = self.mapping.shape.word_format(block.slot)
+        if self.mapping.shape.is_run_slot(block.slot):
+            if max(pages_for(size), 1) << PAGE_SHIFT != block.extent:
+                return False
+        elif not in_place_only and class_of(size).extent * 2 < block.extent:
+            return False
+        word = check_busy(self._words[block.slot], block, form)
+        word = form.busy(form.session(word), form.generation(word), size)
+        self._words[block.slot] = word
+        block.become(block.slot, block.address, block.extent, -word if block.has_handle else word)
+        return True
+
+    def _resize_there(self, block: Block, size: int, in_place_only: bool) -> None:
+        """Have the daemon resize the block, or move it."""
+        try:
+            grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size, in_place_only))
+        except CannotResizeInPlaceError:
+            if in_place_only:
+                raise
+            self._move(block, size)
+        except NotABlockError:
+            raise _freed(block) from None
+        else:
+            slot, address, _, extent, _ = grant
+            block.become(slot, address, extent, -self._words[slot])
+            self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
+
     def _move(self, block: Block, size: int) -> None:
         """Make `block` a larger or smaller one elsewhere, with the same first bytes."""
         new = self._alloc(size, False)
+        old = Block(self, block.slot, block.address, block.extent, -block.word)
         try:
             self.mapping.copy(new.address, block.address, min(block.size, size))
-            self.session.call(ask.HeapFree(self.id, block.address, block.generation))
+            self._free(old)
         except DaemonError:
             # Nobody knows whether the old one is free now: keep the copy, and ask again later.
-            self.session.give_back_later(self.id, block.address, block.generation)
+            self.session.give_back_later(self.id, old.address, old.generation)
         except BaseException:
-            self.session.give_back_later(self.id, new.address, new.generation)
+            self._free(new)
             raise
-        block.slot, block.address, block.generation = new.slot, new.address, new.generation
-        block.size, block.extent = new.size, new.extent
+        block.become(new.slot, new.address, new.extent, -new.word)
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def walk(self) -> Iterator[Entry]:
@@ -379,12 +479,23 @@ class Heap:
         self.check()
         with self._hold():
             self._count()
+            self.release_cache()
             largest: int = self.session.call(ask.HeapCompact(self.id))
         return largest
+
+    def trim(self) -> None:
+        """Give the free blocks that this session caches back to the heap. Raises: DaemonError."""
+        self.check()
+        with self._hold():
+            self._count()
+            self.release_cache()
 
     def statistics(self) -> HeapStatistics:
         """Bytes and counts of the heap; the parts add up."""
         self.check()
+        if self._front is not None:
+            with self._hold():
+                self._words[self._acquired] += self._front.take_count()
         return HeapStatistics(*self.session.call(ask.HeapStatisticsGet(self.id)))
 
     # -- names -------------------------------------------------------------------------------------------------------
@@ -452,6 +563,7 @@ class Heap:
         """
         self.check()
         self.session.call(ask.HeapDestroy(self.id))
+        self._drop_front()
         self.session.forget(self)
 
     def close(self) -> None:
@@ -459,13 +571,23 @@ class Heap:
         if self._is_closed:
             return
         with suppress(LookupError):  # gone already
+            self.check()
+            self.release_cache()
             self.session.call(ask.HeapClose(self.id))
         self.session.forget(self)
-        self._is_closed = True
+        self.mark_closed()
 
     def mark_closed(self) -> None:
         """For the session: its end, or this heap's."""
         self._is_closed = True
+        self._drop_front()
+
+    def forked(self) -> None:
+        """In a forked child: what is cached is the parent's."""
+        if self._front is not None:
+            self._front.abandon()
+            self._front = None
+            self.__dict__.pop("alloc", None)
 
 
 def _freed(block: Block) -> StaleHandleError:
@@ -476,6 +598,9 @@ def _freed(block: Block) -> StaleHandleError:
 def _as_size(size: Any) -> int:
     """An int out of what counts as one, such as numpy's."""
     try:
-        return index(size)
+        value = index(size)
     except TypeError:
         raise InvalidArgumentError(f"a size is a count of bytes, not {type(size).__name__}") from None
+    if value < 0:
+        raise InvalidArgumentError(f"a size is a count of bytes, not {value}")
+    return value

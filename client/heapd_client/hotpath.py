@@ -1,52 +1,237 @@
-"""The two functions that an allocation costs nothing but: alloc pops a block, free pushes it, one store each.
+"""What an allocation costs when it costs nothing: alloc pops a block, free pushes it, one store of a state word each.
 
-What runs when they are not enough (no block cached, a view alive, a new epoch, the heap gone) is frontend.py. These
-are closures, not methods, and every trick is here for its nanoseconds (CPython 3.11, scripts/bench alloc):
+What runs when that is not enough (no block cached, a view alive, a new epoch, the heap gone) is frontend.py. These
+are closures, not methods, and each trick is here for its nanoseconds (scripts/bench alloc shows the sum):
 
-- A closure's variables are loads from cells; the same through `self` would be attribute loads, twice as slow.
-- One Block type for each bin: `stack` and `limit` need not be looked up from the block.
-- `stack_of` maps the very size asked for to its bin's stack: no rounding, no range check, no type check; whatever is
-  no key yet (too large, negative, not an int, a new size) is the slow path's.
-- The state word counts its generation up by one addition (layout.py); the store of one that ran over raises.
-- A block whose view was taken has its word negated in `_word`: the one comparison of `free` sees that, too.
-- `pop(-2)`: not the block freed last, which the caller's variable mostly still refers to. A Block object is handed
+- A closure's variables are one load each; the same through `self` would be two.
+- There is one Block type a bin, so that `stack` and `limit` need not be looked up in the block.
+- `stack_of` maps the very size asked for to its bin's stack: no rounding, no check of type or range. What is no key
+  (too large, negative, not an int, a size seen for the first time) is the slow path's.
+- A cached block's word (`_base`) becomes BUSY by adding the size, and CACHED again by being stored (layout.py). Its
+  generation need not change: no handle was made of it, or `_word` were negated and the slow path would see to it.
+- `free` compares the arena's word with `_word`: a double free, a handle made, a free by someone else all differ.
+- `pop(-2)`: not the block freed last, to which the caller's variable mostly still refers. A Block object is given
   out again only when nobody refers to it, so that a stale reference never comes back to life.
 
-Exactness under signals (3.11 looks for them after a call): in alloc nothing is called after the store; in free the
-word is stored first and the push is the last thing, so that a block whose free was interrupted is in the stack.
-Serialized ones give the mutex up as the last call; if a signal's exception comes out of that, they undo.
+Exactness under signals, which CPython looks for after calls: in alloc nothing is called after the store, in free
+nothing after the push. In a serialized heap the last call gives the mutex up, and what a signal handler raises out of
+it undoes an alloc. Between the test and the store of `free` nothing is called either: no other thread of this process
+can free the same block there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from sys import getrefcount
-from typing import Any
+from typing import Any, Final, NamedTuple
 
-from .block import Block
+from .block import IDLE_EXPORTER, Block
 
-__all__ = ["AllocFunction", "make_alloc", "make_block_type", "make_serialized_alloc", "make_serialized_block_type"]
+__all__ = ["RELEASED", "Alloc", "Lock", "make_alloc", "make_block_type", "make_locked_alloc", "make_locked_block_type"]
 
-AllocFunction = Callable[..., Block]
+Alloc = Callable[..., Block]
+SlowAlloc = Callable[[int, bool, Any], Block]  # size, zero, a cached block that somebody still refers to
+SlowFree = Callable[[Any], None]
+SetLimit = Callable[[int], None]
+TakeCount = Callable[[], int]
+StackOf = dict[int, list[Any]]
+
+_NO_FIT = (LookupError, TypeError, OverflowError)  # an empty stack, a size never seen, none at all, numpy's
 
 
-def make_alloc(
-    words: memoryview, live_slot: int, live: int, stack_of: dict[int, list[Block]], step: int, slow: AllocFunction
-) -> AllocFunction:
-    """The alloc of an unserialized heap, good as long as the heap's live word is `live`. `step` is one generation."""
+def make_alloc(words: memoryview, live_slot: int, live: int, stack_of: StackOf, slow: SlowAlloc) -> Alloc:
+    """The alloc of an unserialized heap, good while the heap's live word is `live`."""
 
     def alloc(size: int, zero: bool = False) -> Block:
         if words[live_slot] != live or zero:
-            return slow(size, zero)
+            return slow(size, zero, None)
+        block = None
         try:
             block = stack_of[size].pop(-2)
-            if getrefcount(block) != 2:
-                return slow(size, zero, block)
-            block._base = base = block._base + block._step
-            block._word = word = base + size
-            words[block.slot] = word
-            return block
-        except (LookupError, ValueError):
-            return slow(size, zero)
+            if getrefcount(block) == 2:
+                block._word = word = block._base + size
+                words[block.slot] = word
+                return block  # type: ignore[no-any-return]
+        except _NO_FIT:
+            pass
+        except BaseException:
+            if block is not None:
+                stack_of[size].append(block)
+            raise
+        return slow(size, zero, block)
 
     return alloc
+
+
+_view_slowly: Final = Block.view.fget  # type: ignore[attr-defined]
+
+
+def _make_view(words: memoryview, live_slot: int, live: int) -> property:
+    """`Block.view` for a block that has a buffer of the right size, from its last life: no slice need be made."""
+
+    def view(self: Any) -> memoryview:
+        if self._seen != self._word or self._view is not None or words[live_slot] != live:
+            return _view_slowly(self)  # type: ignore[no-any-return]
+        self._view = made = memoryview(self._buffer)
+        return made
+
+    return property(view, doc=Block.view.__doc__)
+
+
+def _is_unseen(block: Any) -> bool:
+    """Drop a block's own view if nobody else refers to it, or to what was made of it; True if that is so."""
+    view, block._view = block._view, None
+    if getrefcount(view) == 2:
+        del view
+        if getrefcount(block._exporter) == IDLE_EXPORTER:
+            return True
+        block._view = memoryview(block._buffer)
+        return False
+    block._view = view
+    return False
+
+
+def make_block_type(
+    words: memoryview, live_slot: int, live: int, stack: list[Any], slow: SlowFree
+) -> tuple[type[Block], SetLimit]:
+    """The Block type of one bin, and what sets how many blocks `free` may push on `stack` (at first none)."""
+    limit = 0
+
+    def set_limit(blocks: int) -> None:
+        nonlocal limit
+        limit = blocks
+
+    class _Block(Block):
+        __slots__ = ()
+        view = _make_view(words, live_slot, live)
+
+        def free(self) -> None:
+            if (
+                len(stack) >= limit
+                or words[live_slot] != live
+                or words[self.slot] != self._word
+                or (self._view is not None and not _is_unseen(self))
+            ):
+                return slow(self)
+            self._word = 0
+            words[self.slot] = self._base
+            stack.append(self)
+            return None
+
+    return _Block, set_limit
+
+
+class Lock(NamedTuple):
+    """A heap's mutex, as the hot path uses it.
+
+    Fields: trylock, unlock (the C calls), settle (goes on from what trylock returned, if not 0), undo (after an
+    exception, gets the `status` below).
+
+    `status` says in one local variable how far a hot function has come with the mutex. None: trylock was called, and
+    a signal's exception kept its result from us. 0: held. More: settle waits, or took it. RELEASED: given up.
+    """
+
+    trylock: Callable[[], int]
+    unlock: Callable[[], int]
+    settle: Callable[[int], object]
+    undo: Callable[[int | None], None]
+
+
+RELEASED: Final = -1
+
+
+def make_locked_alloc(
+    words: memoryview, live_slot: int, live: int, stack_of: StackOf, slow: SlowAlloc, lock: Lock
+) -> tuple[Alloc, TakeCount]:
+    """The alloc of a serialized heap, and what tells (and forgets) how often it took the mutex."""
+    trylock, unlock, settle, undo = lock
+    count = 0
+
+    def alloc(size: int, zero: bool = False) -> Block:
+        nonlocal count
+        status = block = None
+        try:
+            status = trylock()
+            if status:
+                settle(status)
+                status = 0
+            if words[live_slot] == live and not zero:
+                try:
+                    block = stack_of[size].pop(-2)
+                    if getrefcount(block) == 2:
+                        count += 1
+                        block._word = word = block._base + size
+                        words[block.slot] = word
+                        status = RELEASED
+                        unlock()
+                        return block  # type: ignore[no-any-return]
+                except _NO_FIT:
+                    pass
+            status = RELEASED
+            unlock()
+        except BaseException:
+            if block is not None:
+                block._word = 0
+                words[block.slot] = block._base
+                stack_of[size].append(block)
+            undo(status)
+            raise
+        return slow(size, zero, block)
+
+    def take_count() -> int:
+        nonlocal count
+        taken, count = count, 0
+        return taken
+
+    return alloc, take_count
+
+
+def make_locked_block_type(
+    words: memoryview, live_slot: int, live: int, stack: list[Any], slow: SlowFree, lock: Lock
+) -> tuple[type[Block], SetLimit, TakeCount]:
+    """As make_block_type, for a serialized heap; and what tells how often `free` took the mutex."""
+    trylock, unlock, settle, undo = lock
+    limit = count = 0
+
+    def set_limit(blocks: int) -> None:
+        nonlocal limit
+        limit = blocks
+
+    def take_count() -> int:
+        nonlocal count
+        taken, count = count, 0
+        return taken
+
+    class _Block(Block):
+        __slots__ = ()
+        view = _make_view(words, live_slot, live)
+
+        def free(self) -> None:
+            nonlocal count
+            status = None
+            try:
+                status = trylock()
+                if status:
+                    settle(status)
+                    status = 0
+                if (
+                    len(stack) < limit
+                    and words[live_slot] == live
+                    and words[self.slot] == self._word
+                    and (self._view is None or _is_unseen(self))
+                ):
+                    count += 1
+                    self._word = 0
+                    words[self.slot] = self._base
+                    stack.append(self)
+                    status = RELEASED
+                    unlock()
+                    return None
+                status = RELEASED
+                unlock()
+            except BaseException:
+                undo(status)
+                raise
+            return slow(self)
+
+    return _Block, set_limit, take_count

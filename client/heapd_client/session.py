@@ -24,6 +24,7 @@ from heapd.errors import (
     StaleHandleError,
 )
 from heapd.layout import (
+    BUSY,
     C_HEAP_ID,
     F_EXECUTABLE,
     F_FREE_ORPHANS,
@@ -50,10 +51,13 @@ __all__ = ["Session", "connect"]
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
+_LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
 
 
-def connect(endpoint: str | None = None, *, autostart: bool = True, timeout: float = DEFAULT_TIMEOUT_S) -> Session:
+def connect(
+    endpoint: str | None = None, *, autostart: bool = True, timeout: float = DEFAULT_TIMEOUT_S, front_end: bool = True
+) -> Session:
     """Open a session with a daemon.
 
     Args:    endpoint ("ipc://DIRECTORY/NAME", or "NAME" in the user's runtime directory; None: $HEAPD_ENDPOINT, else
@@ -73,7 +77,7 @@ def connect(endpoint: str | None = None, *, autostart: bool = True, timeout: flo
                 raise not_found(where)
             start_daemon(where, max(deadline - monotonic(), 0.1))
         try:
-            return Session(where, timeout)
+            return Session(where, timeout, front_end)
         except DaemonStoppedError:
             if attempt == _CONNECT_ATTEMPTS or monotonic() >= deadline:
                 raise
@@ -87,10 +91,11 @@ class Session:
     page is). `number`, `instance`, `daemon_pid` and `pid` are those of the calling process, also after a fork.
     """
 
-    def __init__(self, endpoint: Endpoint, timeout: float) -> None:
+    def __init__(self, endpoint: Endpoint, timeout: float, front_end: bool) -> None:
         """For the library alone; use `connect`."""
         self.endpoint = str(endpoint)
         self.timeout = timeout
+        self.has_front_ends = front_end
         self._endpoint = endpoint
         self._is_closed = True  # until it is open: nothing to close if that fails
         self._heaps: dict[int, Heap] = {}
@@ -116,6 +121,8 @@ class Session:
                 strays.append((request.heap, result[1], result[2]))
             elif isinstance(request, ask.HeapAllocMany):
                 strays.extend((request.heap, grant[1], grant[2]) for grant in result)
+            elif isinstance(request, ask.HeapLease):
+                strays.extend((request.heap, grant[1], _LEASED) for grant in result)
 
         # No reference to the session: it would never be collected.
         return Connection(
@@ -185,12 +192,23 @@ class Session:
             except IndexError:
                 return  # another thread was faster
             try:
-                connection.call(ask.HeapFree(*stray))
+                heap_id, address, generation = stray
+                if generation == _LEASED:
+                    connection.call(ask.HeapGiveBack(heap_id, [address]))
+                else:
+                    connection.call(ask.HeapFree(heap_id, address, generation))
             except ConnectionError:
                 self._strays.append(stray)
                 return
             except HeapdError:
                 continue  # freed already, or its heap is gone
+
+    def reclaim(self) -> None:
+        """Memory is short: give back what this session caches, and ask all others to do so at their next operation."""
+        for heap in list(self._heaps.values()):
+            with suppress(LookupError):
+                heap.release_cache()
+        self.call(ask.ArenaReclaim())
 
     def forked(self) -> None:
         """In a forked child: what was the parent's is let go, untouched."""
@@ -200,6 +218,8 @@ class Session:
         self._default = None
         self._strays.clear()
         self._lock = threading.RLock()
+        for heap in self._heaps.values():
+            heap.forked()
 
     # -- who ---------------------------------------------------------------------------------------------------------
     @property
@@ -340,11 +360,14 @@ class Session:
             raise ClosedError("the session is closed")
         arena = self.arena
         handle = checked_handle(handle)
-        size, extent, control_index = locate(arena, handle)
+        _, extent, control_index = locate(arena, handle)
         heap = self._heap_at(control_index, handle)
         if heap.is_executable or arena.has_executable_pages:
             arena.protect(handle.address, max(extent, 1), executable=heap.is_executable)
-        return Block(heap, handle.slot, handle.address, handle.generation, extent, size)
+        form, word = arena.shape.word_format(handle.slot), arena.words[handle.slot]
+        if form.generation(word) != handle.generation or form.state(word) != BUSY:
+            raise stale(handle)
+        return Block(heap, handle.slot, handle.address, extent, -word)
 
     def _heap_at(self, control_index: int, handle: Handle) -> Heap:
         words = self.arena.words

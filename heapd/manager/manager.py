@@ -85,6 +85,7 @@ class HeapManager:
         self._handlers: dict[type[m.Request], Callable[[Session, Any], Any]] = {
             m.SessionList: self._list_sessions,
             m.ArenaStatisticsGet: self._arena_statistics,
+            m.ArenaReclaim: self._reclaim,
             m.HeapCreate: self._create_heap,
             m.HeapOpen: self._open_heap,
             m.HeapOpenId: self._open_heap_by_id,
@@ -185,6 +186,10 @@ class HeapManager:
     def _arena_statistics(self, session: Session, request: m.ArenaStatisticsGet) -> tuple[Any, ...]:
         committed = sum(shared.heap.space.committed for shared in self.heaps.values()) << PAGE_SHIFT
         return as_tuple(self.arena.statistics(committed, len(self.heaps), len(self.sessions)))
+
+    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> None:
+        for heap_id in self.heaps:
+            self._controls.bump(heap_id)
 
     # -- heaps -------------------------------------------------------------------------------------------------------
     def _create_heap(self, session: Session, request: m.HeapCreate) -> tuple[Any, ...]:
@@ -478,7 +483,9 @@ class HeapManager:
         return [as_tuple(violation) for violation in found]
 
     def _compact(self, session: Session, request: m.HeapCompact) -> Job:
-        return self._locate(session, request.heap).heap.compact()
+        shared = self._locate(session, request.heap)
+        self._controls.bump(shared.heap_id)
+        return shared.heap.compact()
 
     def _heap_statistics(self, session: Session, request: m.HeapStatisticsGet) -> Job:
         shared = self._locate(session, request.heap)

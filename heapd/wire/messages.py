@@ -123,6 +123,14 @@ class ArenaStatisticsGet(Request):
     is_idempotent: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaReclaim(Request):
+    """Ask every front end to give back what it caches, at its next operation: memory is short. Answer: None."""
+
+    op: ClassVar[int] = 13
+    name: ClassVar[str] = "arena.reclaim"
+
+
 # -- heaps ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class HeapCreate(Request):
@@ -379,7 +387,7 @@ CONTROL_OPS: Final[dict[int, type[Request]]] = {kind.op: kind for kind in (Hello
 OPS: Final[dict[int, type[Request]]] = {
     kind.op: kind
     for kind in (
-        SessionClose, SessionList, ArenaStatisticsGet, HeapCreate, HeapOpen, HeapOpenId, HeapDefault, HeapClose,
+        SessionClose, SessionList, ArenaStatisticsGet, ArenaReclaim, HeapCreate, HeapOpen, HeapOpenId, HeapDefault, HeapClose,
         HeapDestroy, HeapList, HeapAlloc, HeapAllocMany, HeapResize, HeapFree, HeapFreeMany, HeapLease, HeapGiveBack, HeapWalk, HeapValidate,
         HeapCompact, HeapStatisticsGet, NamePublish, NameLookup, NameUnpublish, NameList,
     )
