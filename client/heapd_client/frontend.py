@@ -33,13 +33,13 @@ __all__ = ["FrontEnd"]
 # All arbitrary, chosen by scripts/bench alloc, frames and trace: more caches cost memory, less cost round trips.
 _FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before
 _FREE_CACHE: Final = 16 * KIB  # a bin may hold this much, or two blocks
-_SHARE: Final = 16  # beyond that, a batch or a bin is this part of what was leased, or given back, so far
+_SHARE: Final = 8
 _BIN_CACHE: Final = 8 * MIB  # the most a bin of a size class holds
 _LARGE_CACHE: Final = 64 * MIB  # the most that a bin of runs of more than 64 KiB holds
 _TOTAL_CACHE: Final = 64 * MIB  # the most that all bins of the front end may hold together
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
-_MAX_SIZES: Final = 4096  # sizes that the hot path knows; beyond, the slow path finds the bin
+_MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
 _LARGE: Final = 1 << 16  # keys of bins for runs over 64 KiB: this and the pages
 
 
