@@ -124,7 +124,7 @@ class Block:
     def realloc(self, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:
         """Resize the block, moving it if it cannot grow where it is; its first bytes stay what they were.
 
-        Handles made before name it no longer.
+        A handle made before leads to the block where it was not moved, else it is stale.
         Args:    size (bytes), zero (bytes beyond the old size read as zero), in_place_only (rather fail than move).
         Returns: this object, updated.
         Raises:  BlockInUseError while a view is alive; HeapFullError, BlockTooLargeError, CannotResizeInPlaceError,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from heapd.errors import InvalidArgumentError, NotABlockError, StaleHandleError
 from heapd.layout import BUSY, KIND_RUN, KIND_SLAB, PAGE_COMMITTED, WORD, Handle, slab_class_index
-from heapd.sizeclass import CLASS_COUNT, CLASSES, MAX_CLASS_SIZE, class_of
-from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_up
+from heapd.sizeclass import CLASS_COUNT, CLASSES
+from heapd.units import PAGE_SHIFT, pages_for
 
 if TYPE_CHECKING:
     from .mapping import Mapping
@@ -104,4 +104,4 @@ def _slab_block_at(arena: Mapping, slot: int, start: int) -> tuple[int, int] | N
 
 def _run_extent(size: int) -> int:
     """Bytes that a run for `size` bytes occupies."""
-    return class_of(size).extent if size <= MAX_CLASS_SIZE else align_up(size, PAGE_SIZE)
+    return max(pages_for(size), 1) << PAGE_SHIFT

@@ -316,7 +316,7 @@ class Heap:
             self._count()
             old_size = block.size
             try:
-                grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size))
+                grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size, in_place_only))
             except CannotResizeInPlaceError:
                 if in_place_only:
                     raise

@@ -21,6 +21,7 @@ from heapd.errors import (
     DaemonStoppedError,
     HeapdError,
     InvalidArgumentError,
+    SessionLostError,
     StaleHandleError,
 )
 from heapd.layout import (
@@ -93,6 +94,7 @@ class Session:
         self.timeout = timeout
         self._endpoint = endpoint
         self._is_closed = True  # until it is open: nothing to close if that fails
+        self._is_left = False
         self._heaps: dict[int, Heap] = {}
         self._default: Heap | None = None
         self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
@@ -143,7 +145,12 @@ class Session:
             connection = self._reconnect()
         if self._strays:
             self.give_back()
-        return connection.call(request, wait_s)
+        try:
+            return connection.call(request, wait_s)
+        except SessionLostError:
+            if self._is_closed:
+                raise ClosedError("the session was closed while a call was waiting") from None
+            raise
 
     def _reconnect(self) -> Connection:
         """In a forked child, at its first call: a session of its own, with the same heaps open."""
@@ -387,11 +394,19 @@ class Session:
             self._default = None
             self.arena.close()
 
+    def leave(self, patience_s: float) -> None:
+        """At the end of the process: close, unless another thread is still at work with it."""
+        if self._connection is not None and self._connection.is_shared:
+            self._connection.drop(is_closed=False)
+            self._is_left = True
+        else:
+            self.close(patience_s=patience_s)
+
     def __del__(self) -> None:
-        if self._is_closed:
+        if self._is_closed or self._is_left:
             return
         self._is_closed = True
-        warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
         if self._connection is not None:
             self._connection.close(0.0)
         self.arena.close()
+        warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
