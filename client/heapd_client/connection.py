@@ -37,6 +37,11 @@ _raw_send: Final = RawSocket.send
 _raw_recv: Final = RawSocket.recv
 
 
+# Connections that are not closed. A session that nobody refers to is garbage together with all that only it refers to,
+# and the collector finalizes garbage in any order: pyzmq's context, before its sockets, would wait for them for ever.
+_open: set[Connection] = set()
+
+
 def _immortalize(thing: object) -> None:
     """Keep sockets or a context from ever being collected, also at the end of the interpreter: to close what a forked
     child inherited can hang."""
@@ -89,6 +94,7 @@ class Connection:
         self._local = threading.local()
         self._channels: WeakSet[_Channel] = WeakSet()
         self._opening = threading.Lock()  # a socket opened beside `close` would keep its context from ending
+        _open.add(self)
         # A daemon in another pid namespace cannot be watched; then only deadlines tell.
         self._can_watch = is_process_alive(greeting.daemon_pid, greeting.daemon_start_time)
 
@@ -143,7 +149,17 @@ class Connection:
         deadline = now + self.timeout_s + wait_s
         repeat_at = now + _REPEAT_S + wait_s
         while True:
-            self._check_alive(request)
+            try:
+                if not is_sent or now >= repeat_at:
+                    is_sent, repeat_at = False, now + _REPEAT_S + wait_s
+                    _raw_send(channel.socket, frame)
+                    is_sent = True
+                reply = decode_reply(_raw_recv(channel.socket))
+                if reply.request_id == request_id:
+                    return reply
+                self._take_late(channel, reply)
+            except zmq.Again:
+                self._check_alive(request)
             now = monotonic()
             if now >= deadline:
                 raise DaemonLostError(
@@ -151,17 +167,6 @@ class Connection:
                     f"{self.timeout_s:g} s",
                     op=request.name,
                 )
-            try:
-                if not is_sent or now >= repeat_at:
-                    is_sent, repeat_at = False, now + _REPEAT_S + wait_s
-                    _raw_send(channel.socket, frame)
-                    is_sent = True
-                reply = decode_reply(_raw_recv(channel.socket))
-            except zmq.Again:
-                continue
-            if reply.request_id == request_id:
-                return reply
-            self._take_late(channel, reply)
 
     def _check_alive(self, request: Request) -> None:
         if self.is_closed:
@@ -190,6 +195,12 @@ class Connection:
         if request is not None and not reply.code:
             self._on_late(request, reply.payload)
 
+    @property
+    def is_shared(self) -> bool:
+        """Another living thread has called, and may be in a call."""
+        mine = getattr(self._local, "channel", None)
+        return any(channel is not mine for channel in list(self._channels))
+
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self, patience_s: float = 0.5) -> None:
         """Close the sockets; threads in a call get ClosedError. Waits `patience_s` seconds for them at most."""
@@ -197,6 +208,7 @@ class Connection:
             if self.is_closed:
                 return
             self.is_closed = True
+        _open.discard(self)
         deadline = monotonic() + patience_s
         is_complete = True
         for channel in list(self._channels):
@@ -210,7 +222,9 @@ class Connection:
         else:
             _immortalize(self._context)
 
-    def drop(self) -> None:
-        """In a forked child: let go of the parent's sockets without touching them."""
-        self.is_closed = True
+    def drop(self, *, is_closed: bool = True) -> None:
+        """Let go of sockets without touching them: in a forked child, where they are the parent's; at exit, where
+        another thread uses them."""
+        self.is_closed = is_closed
+        _open.discard(self)
         _immortalize((self._context, self._local, list(self._channels)))

@@ -47,10 +47,11 @@ def unregister(session: Session) -> None:
 
 
 def _close_all() -> None:
-    """At exit: tell the daemons, quickly; they notice anyway."""
+    """At exit: tell the daemons, quickly. They notice anyway, so a session that a daemon thread uses is left to them:
+    closed under its hands, that thread would complain."""
     deadline = monotonic() + _EXIT_PATIENCE_S
     for session in list(_open):
-        session.close(patience_s=max(deadline - monotonic(), 0.01))
+        session.leave(max(deadline - monotonic(), 0.01))
 
 
 def _after_fork() -> None:

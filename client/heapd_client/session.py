@@ -21,6 +21,7 @@ from heapd.errors import (
     DaemonStoppedError,
     HeapdError,
     InvalidArgumentError,
+    SessionLostError,
     StaleHandleError,
 )
 from heapd.layout import (
@@ -98,6 +99,7 @@ class Session:
         self.has_front_ends = front_end
         self._endpoint = endpoint
         self._is_closed = True  # until it is open: nothing to close if that fails
+        self._is_left = False
         self._heaps: dict[int, Heap] = {}
         self._default: Heap | None = None
         self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
@@ -150,7 +152,12 @@ class Session:
             connection = self._reconnect()
         if self._strays:
             self.give_back()
-        return connection.call(request, wait_s)
+        try:
+            return connection.call(request, wait_s)
+        except SessionLostError:
+            if self._is_closed:
+                raise ClosedError("the session was closed while a call was waiting") from None
+            raise
 
     def _reconnect(self) -> Connection:
         """In a forked child, at its first call: a session of its own, with the same heaps open."""
@@ -410,11 +417,19 @@ class Session:
             self._default = None
             self.arena.close()
 
+    def leave(self, patience_s: float) -> None:
+        """At the end of the process: close, unless another thread is still at work with it."""
+        if self._connection is not None and self._connection.is_shared:
+            self._connection.drop(is_closed=False)
+            self._is_left = True
+        else:
+            self.close(patience_s=patience_s)
+
     def __del__(self) -> None:
-        if self._is_closed:
+        if self._is_closed or self._is_left:
             return
         self._is_closed = True
-        warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
         if self._connection is not None:
             self._connection.close(0.0)
         self.arena.close()
+        warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from heapd.cli.exit_codes import FAILED, OK
 from heapd.cli.params import ENDPOINT, json_option
-from heapd.cli.tables import console, heap_statistics_table, make_table, print_json
+from heapd.cli.tables import console, make_table, print_json
 from heapd.wire import Endpoint
 from heapd.workloads import WorkloadError
 from heapd.workloads import stress as work
@@ -82,7 +82,7 @@ def _show(screen: Console, outcome: work.StressOutcome) -> None:
     words = [f"{what} {count:,}" for what, count in sorted(counts.items()) if not what.startswith("guard")]
     if words:
         screen.print("; ".join(words))
-    screen.print(heap_statistics_table([(heap.name, heap.statistics) for heap in outcome.heaps]))
+    screen.print(_heap_table(outcome))
     rate = outcome.operations / outcome.seconds if outcome.seconds else 0
     plan = outcome.plan
     screen.print(
@@ -105,6 +105,24 @@ def _latency_table(outcome: work.StressOutcome) -> Table:
     for kind, histogram in sorted(outcome.report.latencies.items()):
         values = [histogram.percentile(percent) for percent in (50, 90, 99)] + [histogram.maximum]
         table.add_row(kind, f"{histogram.count:,}", *(_time_text(value) for value in values))
+    return table
+
+
+def _heap_table(outcome: work.StressOutcome) -> Table:
+    """The heaps after everybody freed everything, and what their locks have seen."""
+    table = make_table("heap", "serial", "allocs", "left", "faults", "locked", "contended", "waited", left=2)
+    for heap in outcome.heaps:
+        found = heap.statistics
+        table.add_row(
+            heap.name,
+            "yes" if heap.serialized else "no",
+            f"{found.allocations:,}",
+            f"{heap.pages_in_use:,}",
+            f"{len(heap.violations):,}",
+            f"{found.acquisitions:,}",
+            f"{found.contended / max(found.acquisitions, 1):.0%}" if found.contended else "-",
+            _time_text(found.waited_ns) if found.waited_ns else "-",
+        )
     return table
 
 

@@ -8,8 +8,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import heapd_client as hc
 from heapd.errors import HeapdError, NoSuchHeapError
@@ -21,13 +23,13 @@ __all__ = [
     "console",
     "find_heap",
     "flag_names",
-    "heap_statistics_table",
     "heap_title",
     "make_table",
     "opened",
     "opened_info",
     "print_json",
     "size_text",
+    "statistics_text",
 ]
 
 _FLAGS = {
@@ -37,6 +39,8 @@ _FLAGS = {
     F_GENERATE_EXCEPTIONS: "exceptions",
     F_FREE_ORPHANS: "frees orphans",
 }
+
+_PARTS = ("busy", "padding", "cached", "free", "overhead")  # of what is committed
 
 
 def console() -> Console:
@@ -52,7 +56,7 @@ def print_json(value: Any) -> None:
 
 def make_table(*headings: str, title: str | None = None, left: int = 1) -> Table:
     """A table whose columns after the first `left` are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index < left else "right")
     return table
@@ -110,18 +114,13 @@ def opened(session: hc.Session, text: str) -> Iterator[hc.Heap]:
         yield heap
 
 
-def heap_statistics_table(heaps: list[tuple[str, HeapStatistics]]) -> Table:
-    """What heaps hold, in a line each; committed is the sum of the five after it."""
-    table = make_table(
-        "", "reserved", "committed", "busy", "padding", "free", "cached", "overhead", "blocks", "taken", "contended"
+def statistics_text(statistics: HeapStatistics) -> Text:
+    """A heap's bytes as a sum, and its counts; as many lines as it takes."""
+    parts = [f"{part} {format_size(getattr(statistics, part))}" for part in _PARTS if getattr(statistics, part)]
+    return Text(
+        f"reserved {format_size(statistics.reserved)} = committed {format_size(statistics.committed)} "
+        f"+ uncommitted {format_size(statistics.uncommitted)}\n"
+        f"committed = {' + '.join(parts) or 'nothing'}\n"
+        f"{statistics.busy_blocks:,} blocks, {statistics.regions} regions, {statistics.slabs} slabs, "
+        f"{statistics.runs} runs; lock taken {statistics.acquisitions:,} times, {statistics.contended:,} had to wait"
     )
-    for label, statistics in heaps:
-        parts = ("reserved", "committed", "busy", "padding", "free", "cached", "overhead")
-        table.add_row(
-            label,
-            *(size_text(getattr(statistics, part)) for part in parts),
-            f"{statistics.busy_blocks:,}",
-            f"{statistics.acquisitions:,}",
-            f"{statistics.contended:,}" if statistics.contended else "-",
-        )
-    return table

@@ -160,7 +160,7 @@ class Heap:
         slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
         index = slab.lend()
         if slab.lent_count == kind.block_count:
-            del partial[0]
+            partial.remove(slab)
         self.allocations += 1
         slot = slab.slot + index
         words = self.arena.words
@@ -169,13 +169,20 @@ class Heap:
         return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
-        """The lowest slab of the class with a block whose pages are committed. Raises: HeapFullError."""
+        """The lowest slab of the class, with its next block's pages committed; if that cannot be, the lowest with a
+        block that is free now. Raises: HeapFullError."""
         partial = self.partial[kind.index]
         slab = partial[0] if partial else self._new_slab(kind)
         if not slab.free:
             touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
-            if needed > touched:
-                self._commit_slab(slab, touched, needed)
+            try:
+                if needed > touched:
+                    self._commit_slab(slab, touched, needed)
+            except HeapFullError:
+                other = next((other for other in partial if other.free), None)
+                if other is None:
+                    raise
+                return other
         return slab
 
     def _commit_slab(self, slab: Slab, touched: int, needed: int) -> None:
@@ -198,7 +205,6 @@ class Heap:
             raise
         slab.write_head(self.arena.words, self.arena.next_seed())
         # Pages that were committed before stay so; the page map tells which.
-        self.arena.pages.map_edges(first, kind.page_count)
         self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)
         self.slabs[first] = slab
         self._slab_of_page.update(dict.fromkeys(range(first, first + kind.page_count), slab))

@@ -60,7 +60,6 @@ class Space:
         self.committed = 0  # pages
         self.reserved = 0  # pages
         self._next_serial = 0
-        self._next_size = _SECOND_REGION
         self._firsts: list[int] = []  # first pages of regions, sorted, to find one by page
         self._region_at: dict[int, Region] = {}
         self.is_closed = False
@@ -141,27 +140,39 @@ class Space:
                 limit=self.maximum,
                 advice="free blocks, or make the heap with a larger maximum (0: growable)",
             )
-        size = max(self._next_size, align_up(page_count, GRANULE_PAGES))
-        self._add_region(size, is_big=False)
-        self._next_size = min(self._next_size * 2, _LAST_REGION)
+        grown = sum(not region.is_big for region in self.regions.values()) - 1
+        step = min(_SECOND_REGION << min(grown, 4), _LAST_REGION)
+        self._add_region(max(step, align_up(page_count, GRANULE_PAGES)), is_big=False)
 
     # -- pages ---------------------------------------------------------------------------------------------------------
     def take(self, page_count: int) -> int:
-        """Take spare pages, not committed yet; the first. Grows the heap if needed. Raises: HeapFullError."""
+        """Take spare pages, not committed yet, ready to be described; the first. Grows the heap if needed.
+
+        Raises: HeapFullError, nothing changed.
+        """
         first = self.spare.take(page_count)
         if first is None:
             self._grow(page_count)
             first = self.spare.take(page_count)
             assert first is not None
-        self.spare_committed -= self.arena.committed_in(first, page_count)
+        self._make_ready(first, page_count)
         return first
 
     def take_at(self, first: int, page_count: int) -> bool:
-        """Take the spare pages that begin an extent at `first`; False if they are not spare."""
+        """Take the spare pages that begin an extent at `first`; False if they are not spare. Raises: as take."""
         if not self.spare.take_at(first, page_count):
             return False
-        self.spare_committed -= self.arena.committed_in(first, page_count)
+        self._make_ready(first, page_count)
         return True
+
+    def _make_ready(self, first: int, page_count: int) -> None:
+        """Map the edges of what was taken from `spare`, or put it back."""
+        self.spare_committed -= self.arena.committed_in(first, page_count)
+        try:
+            self.arena.pages.map_edges(first, page_count)
+        except HeapFullError:
+            self._put_back(first, page_count)
+            raise
 
     def commit(self, first: int, page_count: int) -> bool:
         """Commit taken pages; True if all of them are fresh (read as zero). Raises: HeapFullError, nothing changed."""
@@ -177,9 +188,12 @@ class Space:
 
     def give(self, first: int, page_count: int) -> None:
         """Take pages back as spare, coalesce, and decommit or release what the rule says."""
-        arena = self.arena
-        self.spare_committed += arena.committed_in(first, page_count)
-        arena.describe(first, page_count, KIND_SPARE, self.heap, first)
+        self.arena.describe(first, page_count, KIND_SPARE, self.heap, first)
+        self._put_back(first, page_count)
+
+    def _put_back(self, first: int, page_count: int) -> None:
+        """As give, for pages that the page map calls spare."""
+        self.spare_committed += self.arena.committed_in(first, page_count)
         start, count = self.spare.give(first, page_count)
         region = self.locate_region(start)
         if count == region.page_count:

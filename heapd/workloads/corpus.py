@@ -16,7 +16,17 @@ from typing import NamedTuple
 from heapd.units import KIB, MIB
 from heapd.workloads import WorkloadError
 
-__all__ = ["Corpus", "Finding", "batches", "examine", "pack_findings", "scan", "standard_library", "unpack_findings"]
+__all__ = [
+    "Corpus",
+    "Finding",
+    "batches",
+    "check_folder",
+    "examine",
+    "pack_findings",
+    "scan",
+    "standard_library",
+    "unpack_findings",
+]
 
 _NEWLINE = re.compile(rb"\n")
 _WORD = re.compile(rb"\S+")
@@ -56,14 +66,20 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def check_folder(root: Path) -> None:
+    """Raises: WorkloadError if there is no such folder, or it cannot be read."""
+    if not root.is_dir():
+        raise WorkloadError(f"{root} is no folder" if root.exists() else f"there is no folder {root}")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise WorkloadError(f"the folder {root} cannot be read")
+
+
 def scan(root: Path, *, sources_only: bool, seen: Callable[[int], object] = lambda count: None) -> Corpus:
     """Read every regular file under `root` once: finds those that can be read, and warms the page cache.
 
     Args:    sources_only (only *.py, without installed packages), seen (called with the files found so far).
-    Raises:  WorkloadError if there is no such folder or no file in it.
+    Raises:  WorkloadError if there is no file in it.
     """
-    if not root.is_dir():
-        raise WorkloadError(f"{root} is no folder" if root.exists() else f"there is no folder {root}")
     paths, sizes, skipped = [], [], 0
     for path in _files(root, sources_only):
         size = _read_once(path)

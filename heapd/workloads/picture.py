@@ -209,7 +209,7 @@ def _sums(picture: Picture) -> Text:
     free = totals[Part.FREE] + totals[Part.CACHED]
     figures = (
         f"{picture.busy} {format_size(totals[Part.BUSY])}, overhead {format_size(totals[Part.OVERHEAD])}, "
-        f"committed free {format_size(free)}, not committed {format_size(totals[Part.RESERVED])}"
+        f"free {format_size(free)}, reserved only {format_size(totals[Part.RESERVED])}"
     )
     return Text(figures)
 

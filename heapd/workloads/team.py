@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -174,6 +174,7 @@ def _fate(exit_code: int | None) -> str:
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Block SIGINT: a process started meanwhile never sees it; the caller gets it afterwards."""
+    resource_tracker.ensure_running()  # its start, part of any first one, would unblock it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -30,6 +30,7 @@ from scripts.benchmarks._harness import Benchmark, daemon
 _SIZE = 64  # bytes a block
 _BATCH = 256
 _CLIENTS = 8
+_HELD = 50  # blocks that one of the eight holds at most
 
 
 # -- the two sides ---------------------------------------------------------------------------------------------------
@@ -195,7 +196,11 @@ def _worker(line: Connection, endpoint: str, echo: tuple[str, bytes]) -> None:
     bare, raw = EchoClient(*echo), RawClient(endpoint)
     with hc.connect(endpoint, autostart=False) as session:
         heap = session.create_heap(serialize=False)
-        calls = {"echo": bare.call, "rpc": _alternating(raw), "public": _alternating_public(heap)}
+        calls = {
+            "echo": bare.call,
+            "rpc": _alternating(raw),
+            "public": _in_turn(lambda: heap.alloc(_SIZE), hc.Block.free),
+        }
         line.send(0)
         while (order := line.recv()) is not None:
             kind, seconds = order
@@ -205,28 +210,28 @@ def _worker(line: Connection, endpoint: str, echo: tuple[str, bytes]) -> None:
 
 
 def _alternating(raw: RawClient) -> Callable[[], object]:
-    """Alloc, then free of it, in turn: each call is one RPC."""
-    held: list[tuple[int, int]] = []
+    """Some allocs, then as many frees, in turn: each call is one RPC."""
     alloc = HeapAlloc(raw.heap, _SIZE)
 
-    def call() -> None:
-        if held:
-            raw.call(HeapFree(raw.heap, *held.pop()))
-        else:
-            _, address, generation, *_ = raw.call(alloc)
-            held.append((address, generation))
+    def free(grant: Any) -> None:
+        raw.call(HeapFree(raw.heap, grant[1], grant[2]))
 
-    return call
+    return _in_turn(lambda: raw.call(alloc), free)
 
 
-def _alternating_public(heap: hc.Heap) -> Callable[[], object]:
-    held: list[hc.Block] = []
+def _in_turn(alloc: Callable[[], Any], free: Callable[[Any], object]) -> Callable[[], object]:
+    """A call that allocates until _HELD are held, frees until none is, and so on."""
+    held: list[Any] = []
+    is_growing = True
 
     def call() -> None:
-        if held:
-            held.pop().free()
+        nonlocal is_growing
+        if is_growing:
+            held.append(alloc())
+            is_growing = len(held) < _HELD
         else:
-            held.append(heap.alloc(_SIZE))
+            free(held.pop())
+            is_growing = not held
 
     return call
 

@@ -170,7 +170,7 @@ def test_the_entry_that_says_mapped_comes_after_the_words_it_leads_to(pages: Pag
 
 
 def test_a_scribbled_directory_leads_to_no_uncommitted_page(pages: PageMap, memory: Memory) -> None:
-    """A client may write MAPPED over a uniform chunk, or a word over a mapped one: what is mapped is known in private."""
+    """A client may write MAPPED over a uniform chunk, or a word over a mapped one: the truth is kept in private."""
     uniform, mapped = FIRST // CHUNK_PAGES, FIRST // CHUNK_PAGES + 1
     pages.map_range(mapped * CHUNK_PAGES, 1)
     memory.words[SHAPE.directory // 8 + uniform] = MAPPED

@@ -1,0 +1,44 @@
+"""One daemon a module: these tests are about its clients, and starting one for each would take most of the time."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import heapd_client as hc
+from tests.harness import Daemon, mark_run, unique_name
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    """A daemon that the module's tests share; it must end cleanly after them."""
+    mark_run()
+    directory = Path(tempfile.mkdtemp(prefix="heapd-", dir="/tmp"))
+    daemon = Daemon(directory, unique_name())
+    daemon.status()
+    yield daemon
+    daemon.check_clean_end()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def session(shared_daemon: Daemon) -> Iterator[hc.Session]:
+    """A session with the shared daemon, of this test alone."""
+    with hc.connect(shared_daemon.endpoint, autostart=False) as session:
+        yield session
+
+
+@pytest.fixture
+def heap(session: hc.Session) -> hc.Heap:
+    """An anonymous, serialized heap."""
+    return session.create_heap()
+
+
+@pytest.fixture
+def free_heap(session: hc.Session) -> hc.Heap:
+    """An anonymous heap that is not serialized."""
+    return session.create_heap(serialize=False)

@@ -1,0 +1,108 @@
+"""A daemon started by its first client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import heapd_client as hc
+from heapd_client import autostart, errors
+from tests.client.programs import run
+from tests.harness import wait_until
+
+
+@pytest.fixture
+def endpoint(runtime_dir: Path) -> Iterator[str]:
+    """An endpoint where nobody is; a daemon started there is stopped."""
+    endpoint = f"ipc://{runtime_dir}/auto"
+    yield endpoint
+    try:
+        hc.stop_daemon(endpoint)
+    except errors.DaemonError:
+        return
+
+
+def test_a_missing_daemon_is_started(endpoint: str) -> None:
+    """connect starts one; it outlives the client's call, is nobody's child and keeps no terminal."""
+    with hc.connect(endpoint) as session:
+        with session.create_heap().alloc(8) as block:
+            block.view[:] = b"it works"
+        stat = Path(f"/proc/{session.daemon_pid}/stat").read_text().rpartition(")")[2].split()
+        assert int(stat[1]) != os.getpid()
+        assert int(stat[3]) != os.getsid(0)
+        pid = session.daemon_pid
+    with hc.connect(endpoint, autostart=False) as again:
+        assert again.daemon_pid == pid
+
+
+def test_a_daemon_is_started_with_its_directory(runtime_dir: Path) -> None:
+    """The runtime directory is made, for this user alone, if it is not there."""
+    where = runtime_dir / "new"
+    endpoint = f"ipc://{where}/auto"
+    with hc.connect(endpoint):
+        assert where.stat().st_mode & 0o777 == 0o700
+    hc.stop_daemon(endpoint)
+
+
+def test_several_starters_get_one_daemon(endpoint: str) -> None:
+    """However many start at once, they meet at the same daemon."""
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, heapd_client as hc\nwith hc.connect(sys.argv[1], timeout=40) as session: print(session.daemon_pid)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, endpoint],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for _ in range(5)
+    ]
+    answers = [starter.communicate(timeout=60) for starter in starters]
+    assert len({output for output, _ in answers}) == 1, answers
+    assert all(not complaint for _, complaint in answers), answers
+
+
+def test_a_started_daemon_ends_when_idle(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some seconds after its last session it is gone, segment and all."""
+    monkeypatch.setattr(autostart, "IDLE_EXIT_S", 0.2)
+    with hc.connect(endpoint) as session:
+        segment = session.segment
+    wait_until(lambda: segment not in os.listdir("/dev/shm"), 10)
+    with pytest.raises(errors.DaemonNotFoundError):
+        hc.connect(endpoint, autostart=False)
+
+
+def test_a_program_that_started_one_ends_quietly(endpoint: str) -> None:
+    """Nothing on stderr, no zombie, no waiting."""
+    done = run("import sys, heapd_client as hc; session = hc.connect(sys.argv[1]); print('ok')", endpoint)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
+
+
+def test_a_directory_that_cannot_be_trusted_is_refused(runtime_dir: Path) -> None:
+    """One that others may write to, or a link: nothing is started there."""
+    where = runtime_dir / "open"
+    where.mkdir(mode=0o777)
+    where.chmod(0o777)
+    with pytest.raises(errors.SegmentError):
+        hc.connect(f"ipc://{where}/auto")
+    (runtime_dir / "link").symlink_to(runtime_dir)
+    with pytest.raises(errors.SegmentError):
+        hc.connect(f"ipc://{runtime_dir}/link/auto")
+
+
+def test_a_daemon_that_does_not_come_up_is_explained(
+    endpoint: str, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error carries the last line of its log."""
+    monkeypatch.setattr(autostart, "IDLE_EXIT_S", "nonsense")
+    with pytest.raises(errors.DaemonNotFoundError, match="idle-exit"):
+        hc.connect(endpoint)
