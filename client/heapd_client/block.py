@@ -54,7 +54,7 @@ class Block:
         self._view: memoryview | None = None
         self._exporter: memoryview | None = None
         self._buffer: PickleBuffer | None = None  # of the exporter; a memoryview of it has its own buffer bookkeeping
-        self._seen = 0  # `_word` when they were made
+        self._seen: int | None = None  # `_word` when they were made
 
     def __repr__(self) -> str:
         state = f"size={self.size}" if self._word else "free"
@@ -152,6 +152,7 @@ class Block:
             import numpy as np
         except ImportError:
             raise MissingExtraError("numpy is not installed; install it with: pip install 'heapd[numpy]'") from None
+        self._check()
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise InvalidArgumentError("an array of Python objects cannot be shared between processes")
@@ -239,7 +240,7 @@ class Block:
             view = None
         # numpy.ndarray(buffer=view) keeps no buffer open, but does refer to the exporter: the count shows it.
         self._exporter = self._buffer = None
-        self._seen = 0
+        self._seen = None
         try:
             if getrefcount(exporter) > _OWN_REFERENCES:
                 raise self._in_use()
@@ -247,6 +248,7 @@ class Block:
         except BufferError as error:
             self._exporter = exporter
             self._buffer = PickleBuffer(exporter)
+            self._view = memoryview(self._buffer)  # the hot path's free looks closer where there is a view
             raise (error if isinstance(error, BlockInUseError) else self._in_use()) from None
 
     def _in_use(self) -> BlockInUseError:

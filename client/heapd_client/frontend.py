@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
-from heapd.errors import DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
-from heapd.layout import BUSY, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.errors import BlockTooLargeError, DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
+from heapd.layout import BUSY, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, class_index
 from heapd.units import KIB, MIB, PAGE_SHIFT, pages_for
 from heapd.wire import messages as ask
@@ -83,12 +83,12 @@ class Bin:
 class FrontEnd:
     """Bins of one heap. Good for one session and one value of the heap's live word; then another one is made.
 
-    Fields: alloc (the hot function).
+    Fields: alloc (the hot function), session (its number).
     """
 
     def __init__(self, heap: Heap, session: int, live: int, lock: Lock | None) -> None:
         self._heap = heap
-        self._session = session
+        self.session = session
         self._live = live
         self._words = heap.mapping.words
         self._hot_lock = lock
@@ -107,7 +107,9 @@ class FrontEnd:
 
     # -- bins --------------------------------------------------------------------------------------------------------
     def _bin_for(self, size: int) -> Bin:
-        """The bin that blocks of `size` bytes come from."""
+        """The bin that blocks of `size` bytes come from. Raises: BlockTooLargeError."""
+        if size > MAX_BLOCK_SIZE:
+            raise BlockTooLargeError(f"{size} bytes requested; a block has at most {MAX_BLOCK_SIZE}")
         if size <= MAX_CLASS_SIZE:
             key = class_index(size)
         else:
@@ -160,7 +162,7 @@ class FrontEnd:
                 bin_ = self._bin_for(size)
                 block = self._fresh(bin_, popped) if popped is not None else self._pop(bin_)
                 if block is None:
-                    block = self._lease(bin_)
+                    block = self._lease(bin_, size)
                 try:
                     if zero:
                         self._heap.mapping.zero(block.address, size)
@@ -193,17 +195,17 @@ class FrontEnd:
 
     def _make(self, bin_: Bin, slot: int, address: int, generation: int) -> Block:
         block = bin_.block_type(self._heap, slot, address, bin_.extent, 0)
-        block._base = bin_.form.cached(self._session, generation)
+        block._base = bin_.form.cached(self.session, generation)
         return block
 
-    def _lease(self, bin_: Bin) -> Block:
+    def _lease(self, bin_: Bin, size: int) -> Block:
         """Lease a batch; one block of it, the others are in the bin. Raises: as Heap.alloc."""
         count = bin_.next_batch()
         try:
-            grants = self._heap.session.call(ask.HeapLease(self._heap.id, bin_.extent, count))
+            grants = self._ask(size, count)
         except HeapFullError:
             self._heap.session.reclaim()
-            grants = self._heap.session.call(ask.HeapLease(self._heap.id, bin_.extent, 1))
+            grants = self._ask(size, 1)
         bin_.batch = count
         bin_.leased += len(grants)
         self._set_limit(bin_)
@@ -216,6 +218,13 @@ class FrontEnd:
         first = blocks.pop(0)
         bin_.stack.extend(reversed(blocks))  # lowest addresses on top
         return first
+
+    def _ask(self, size: int, count: int) -> list[Any]:
+        call, heap_id = self._heap.session.call, self._heap.id
+        if size > _MAX_LEASE:
+            return [call(ask.HeapAlloc(heap_id, size))]
+        grants: list[Any] = call(ask.HeapLease(heap_id, size, count))
+        return grants
 
     # -- free --------------------------------------------------------------------------------------------------------
     def take_back(self, block: Block) -> None:
@@ -239,10 +248,12 @@ class FrontEnd:
         bin_ = self._bin_of(block)
         word = check_busy(self._words[block.slot], block, bin_.form)
         generation = bin_.form.generation(word)
-        if block._word != word:  # a handle was made, or it came from elsewhere
+        is_own = type(block) is bin_.block_type
+        if not is_own or block._word != word:
+            # A handle was made, or the object came by one, or by a fork: others may name this block.
             generation = bin_.form.next_generation(generation)
-        cached = self._make(bin_, block.slot, block.address, generation) if type(block) is not bin_.block_type else block
-        cached._base = bin_.form.cached(self._session, generation)
+        cached = block if is_own else self._make(bin_, block.slot, block.address, generation)
+        cached._base = bin_.form.cached(self.session, generation)
         if len(bin_.stack) >= bin_.limit:
             self._make_room(bin_)
         block._word = cached._word = 0
@@ -290,6 +301,20 @@ class FrontEnd:
             bin_.stack.clear()
         self._stack_of.clear()
         self._lock = threading.RLock()  # a forked child may have inherited it held
+
+    def inherit(self, old: FrontEnd) -> None:
+        """Take over what another front end of this session caches. The blocks that it gave out are not this one's
+        own: when they are freed, their memory gets another generation."""
+        with old._lock:
+            for bin_ in old:
+                new = self._bins.get(bin_.key) or self._add_bin(bin_.key)
+                new.batch, new.leased, new.given_back = bin_.batch, bin_.leased, bin_.given_back
+                generation = bin_.form.generation
+                while bin_.stack:
+                    block = bin_.stack.pop(0)
+                    new.stack.append(self._make(new, block.slot, block.address, generation(block._base)))
+                self._set_limit(new)
+            old.abandon()
 
     def take_count(self) -> int:
         """Acquisitions of the mutex by the hot path since the last call."""

@@ -139,16 +139,19 @@ class Heap:
 
     def _front_end(self) -> FrontEnd | None:
         """The front end, made now if need be; None in a session without front ends."""
-        front = self._front
-        if front is None and self.session.has_front_ends:
+        if self._front is None and self.session.has_front_ends:
             session = self.session.number
             self.check()
-            lock = None
-            if self._is_serialized:
-                mutex, timeout = self._mutex, self.session.timeout
-                lock = Lock(mutex.trylock, mutex.unlock, lambda status: mutex.settle(status, timeout), self._undo)
-            front = self._front = FrontEnd(self, session, self._live_word, lock)
-            self.__dict__["alloc"] = front.alloc
+            return self._new_front(session)
+        return self._front
+
+    def _new_front(self, session: int) -> FrontEnd:
+        lock = None
+        if self._is_serialized:
+            mutex, timeout = self._mutex, self.session.timeout
+            lock = Lock(mutex.trylock, mutex.unlock, lambda status: mutex.settle(status, timeout), self._undo)
+        front = self._front = FrontEnd(self, session, self._live_word, lock)
+        self.__dict__["alloc"] = front.alloc
         return front
 
     def _undo(self, status: int | None) -> None:
@@ -238,8 +241,7 @@ class Heap:
 
     def alloc_slow(self, size: int, zero: bool, popped: Block | None) -> Block:
         """For the front end: alloc where its hot function does not suffice."""
-        if type(size) is not int or size < 0:
-            size = _as_size(size)
+        size = _as_size(size)
         self.check()
         if not self._is_serialized:
             return self._alloc(size, zero, popped)
@@ -286,7 +288,7 @@ class Heap:
         elif count is not None:
             raise InvalidArgumentError("alloc_many takes a count only with a single size")
         else:
-            wanted = [size if type(size) is int else _as_size(size) for size in sizes]
+            wanted = [_as_size(size) for size in sizes]
         self.check()
         blocks: list[Block] = []
         with self._hold():
@@ -386,8 +388,7 @@ class Heap:
 
     def realloc(self, block: Block, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:
         """Resize a block of this heap; see Block.realloc."""
-        if type(size) is not int:
-            size = _as_size(size)
+        size = _as_size(size)
         self.check()
         self._check_own(block)
         block.release_views()
@@ -582,6 +583,13 @@ class Heap:
         self._is_closed = True
         self._drop_front()
 
+    def has_forked(self) -> None:
+        """In the parent of a fork: the child has copies of all Block objects, which must go stale when freed here."""
+        front = self._front
+        if front is not None:
+            self._words[self._acquired] += front.take_count()
+            self._new_front(front.session).inherit(front)
+
     def forked(self) -> None:
         """In a forked child: what is cached is the parent's."""
         if self._front is not None:
@@ -601,6 +609,6 @@ def _as_size(size: Any) -> int:
         value = index(size)
     except TypeError:
         raise InvalidArgumentError(f"a size is a count of bytes, not {type(size).__name__}") from None
-    if value < 0:
-        raise InvalidArgumentError(f"a size is a count of bytes, not {value}")
+    if not 0 <= value < 1 << 64:
+        raise InvalidArgumentError("a size is a count of bytes, 0 to 2**64 - 1")
     return value

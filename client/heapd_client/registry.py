@@ -38,7 +38,7 @@ def register(session: Session) -> None:
     if not _is_hooked:
         _is_hooked = True
         atexit.register(_close_all)
-        os.register_at_fork(after_in_child=_after_fork)
+        os.register_at_fork(after_in_child=_after_fork, after_in_parent=_in_parent)
 
 
 def unregister(session: Session) -> None:
@@ -59,6 +59,11 @@ def _after_fork() -> None:
     _keeping = threading.Lock()  # another thread of the parent may have held it
     for session in list(_open):
         session.forked()
+
+
+def _in_parent() -> None:
+    for session in list(_open):
+        session.has_forked()
 
 
 def _session_for(endpoint: str, instance: bytes) -> Session:

@@ -217,6 +217,11 @@ class Session:
                 heap.release_cache()
         self.call(ask.ArenaReclaim())
 
+    def has_forked(self) -> None:
+        """In the parent of a fork."""
+        for heap in list(self._heaps.values()):
+            heap.has_forked()
+
     def forked(self) -> None:
         """In a forked child: what was the parent's is let go, untouched."""
         if self._connection is not None:
