@@ -103,8 +103,10 @@ class Space:
         if not region.is_big:
             self.spare.take_at(region.first, region.page_count)
             self.spare.remove_barrier(region.first)
-            # The end stays a barrier: it may be the start of a neighbour, and harms nobody else.
-            if region.end not in self._region_at:
+            # The end stays a barrier while spare pages of another region may begin there, and no longer: inside a
+            # later region it would keep neighbours apart.
+            behind = self._region_at.get(region.end)
+            if behind is None or behind.is_big:
                 self.spare.remove_barrier(region.end)
             self.spare_committed -= committed
         del self.regions[region.serial]
