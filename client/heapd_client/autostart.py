@@ -1,11 +1,13 @@
 """Start a daemon for an endpoint where none answers, detached from this process, and wait until it answers.
 
-Any number of processes may do so at once: the daemon takes a lock before it binds, so that one of them wins, the other
-daemons end, and every starter connects to the winner. A daemon started so ends by itself when it has been idle.
+Any number of processes may do so at once: one of them starts it, under a lock on its log file, the others wait until
+it answers. (A starter that is killed frees that lock; what keeps daemons single is their own.) A daemon started so ends
+by itself when it has been idle.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 from time import monotonic, sleep
@@ -15,12 +17,13 @@ import heapd
 from heapd.errors import DaemonNotFoundError
 from heapd.wire import Endpoint, make_directory
 
-from .control import is_answering
+from .control import is_answering, not_found
 
 __all__ = ["start_daemon"]
 
 IDLE_EXIT_S: Final = 10  # arbitrary: survives a script that is run again, is gone soon after the last
 _POLL_S: Final = 0.01
+_GRACE_S: Final = 2.0  # arbitrary: how long a daemon may take from its lock to its socket
 
 # Through a shell, so that the daemon is nobody's child here: no zombie, and no process object to keep.
 _SHELL: Final = 'umask 077; exec </dev/null 2>>"$0"; "$@" >&2 & echo $!'
@@ -35,14 +38,40 @@ def start_daemon(endpoint: Endpoint, timeout_s: float) -> None:
     make_directory(endpoint.directory)
     deadline = monotonic() + timeout_s
     log = os.path.join(endpoint.directory, f"{endpoint.name}.log")
-    pid = _spawn(endpoint, log)
+    starter = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if _is_first(starter, endpoint, deadline) and not is_answering(endpoint.control_path):
+            _wait_for(endpoint, _spawn(endpoint, log), log, deadline)
+    finally:
+        os.close(starter)
+
+
+def _is_first(starter: int, endpoint: Endpoint, deadline: float) -> bool:
+    """True once this process alone may start the daemon, False if one answers.
+
+    Raises: DaemonNotFoundError past the deadline.
+    """
+    while not is_answering(endpoint.control_path):
+        try:
+            fcntl.flock(starter, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() >= deadline:
+                raise not_found(endpoint) from None
+            sleep(_POLL_S)
+        else:
+            return True
+    return False
+
+
+def _wait_for(endpoint: Endpoint, pid: int, log: str, deadline: float) -> None:
+    """Wait until the daemon answers; process `pid` was started as it."""
     gone_at: float | None = None
     while not is_answering(endpoint.control_path):
         now = monotonic()
         if gone_at is None and not _is_running(pid):
             gone_at = now
-        # Ours may have ended because another one has the lock, and that one may not have bound its socket yet.
-        if now >= deadline or (gone_at is not None and now > gone_at + 2.0):
+        # Ours may have ended because one started by hand has the lock, and that may not have bound its socket yet.
+        if now >= deadline or (gone_at is not None and now > gone_at + _GRACE_S):
             raise DaemonNotFoundError(
                 f"no daemon answers at {endpoint}, and the one started for it did not come up: {_tail(log)}",
                 endpoint=str(endpoint),

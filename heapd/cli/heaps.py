@@ -24,7 +24,10 @@ __all__ = ["heaps"]
 @json_option
 @endpoint_option
 def heaps(pid: int | None, as_json: bool, endpoint: Endpoint) -> None:
-    """List the heaps and what they hold."""
+    """List the heaps and what they hold.
+
+    open: in how many sessions. orphaned: blocks whose session has ended.
+    """
     with hc.connect(str(endpoint), autostart=False) as session:
         found = list(_with_statistics(session, session.heaps(pid)))
     if as_json:
@@ -46,9 +49,7 @@ def _plain(info: HeapInfo, statistics: HeapStatistics) -> dict[str, object]:
 
 
 def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:
-    table = make_table(
-        "heap", "id", "options", "open in", "reserved", "committed", "busy", "blocks", "orphaned", left=3
-    )
+    table = make_table("heap", "id", "options", "open", "reserved", "committed", "busy", "blocks", left=3)
     for info, statistics in found:
         table.add_row(
             heap_title(info),
@@ -58,7 +59,7 @@ def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:
             format_size(statistics.reserved) + (f" of {format_size(info.maximum)}" if info.maximum else ""),
             size_text(statistics.committed),
             size_text(statistics.busy),
-            f"{statistics.busy_blocks:,}",
-            f"{statistics.orphaned_blocks:,}" if statistics.orphaned_blocks else "-",
+            f"{statistics.busy_blocks:,}"
+            + (f" ({statistics.orphaned_blocks:,} orphaned)" if statistics.orphaned_blocks else ""),
         )
     console().print(table)

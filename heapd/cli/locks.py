@@ -47,7 +47,10 @@ class _Lock:
 @json_option
 @endpoint_option
 def locks(as_json: bool, endpoint: Endpoint) -> None:
-    """List each heap's lock: who holds it, how often it was taken, what waiting cost."""
+    """List each heap's lock: who holds it, how often it was taken, what waiting cost.
+
+    held by: process/thread and command. recovered: how often its holder had died.
+    """
     with hc.connect(str(endpoint), autostart=False) as session:
         locks = [lock for info in session.heaps() if (lock := _read(session, info)) is not None]
     if as_json:
@@ -70,13 +73,19 @@ def _read(session: hc.Session, info: HeapInfo) -> _Lock | None:
     return _Lock(heap_title(info), info.heap_id, bool(info.flags & F_SERIALIZE), holder, *counters)
 
 
+def _holder_text(holder: Holder | None) -> str:
+    if holder is None:
+        return "-"
+    return f"{holder.pid or '?'}/{holder.tid} {holder.command}" + (" (stopped)" if holder.is_stopped else "")
+
+
 def _print(locks: list[_Lock]) -> None:
-    table = make_table("heap", "serialized", "held by", "taken", "contended", "waited", "recovered", left=3)
+    table = make_table("heap", "serial", "held by", "taken", "contended", "waited", "recovered", left=3)
     for lock in locks:
         table.add_row(
             lock.heap,
             "yes" if lock.serialized else "no",
-            str(lock.holder or "-"),
+            _holder_text(lock.holder),
             f"{lock.acquisitions:,}",
             f"{lock.contended:,} ({lock.contended_share:.1%})" if lock.contended else "-",
             f"{lock.waited_ns / 1e6:,.1f} ms" if lock.waited_ns else "-",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option
-from heapd.cli.tables import console, opened
+from heapd.cli.tables import console, opened, walk_unlocked
 from heapd.wire import Endpoint
 from heapd.workloads.arena_picture import picture_of_arena
 from heapd.workloads.picture import Picture, cell_size_for, cells_per_line, picture_of_walk, render
@@ -43,9 +42,10 @@ def map_(heap: str | None, svg: Path | None, endpoint: Endpoint) -> None:
 
 
 def _draw(session: hc.Session, heap: str | None, cells: int) -> Picture:
-    fit: Callable[[int], int] = lambda committed: cell_size_for(committed, cells)  # noqa: E731
     if heap is None:
-        return picture_of_arena(session, fit)
+        return picture_of_arena(session, cells)
     with opened(session, heap) as found:
         title = f"Heap {found.name or found.id} of {session.endpoint}"
-        return picture_of_walk(title, found.walk(), fit(found.statistics().committed))
+        statistics = found.statistics()
+        size = cell_size_for(statistics.reserved, statistics.committed, cells)
+        return picture_of_walk(title, walk_unlocked(session, found), size)

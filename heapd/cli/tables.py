@@ -16,8 +16,9 @@ from rich.text import Text
 import heapd_client as hc
 from heapd.errors import HeapdError, NoSuchHeapError
 from heapd.layout import F_EXECUTABLE, F_FREE_ORPHANS, F_GENERATE_EXCEPTIONS, F_PERSISTENT, F_SERIALIZE
-from heapd.records import HeapInfo, HeapStatistics
+from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics
 from heapd.units import format_size
+from heapd.wire.messages import HeapWalk
 
 __all__ = [
     "console",
@@ -30,6 +31,7 @@ __all__ = [
     "print_json",
     "size_text",
     "statistics_text",
+    "walk_unlocked",
 ]
 
 _FLAGS = {
@@ -40,6 +42,7 @@ _FLAGS = {
     F_FREE_ORPHANS: "frees orphans",
 }
 
+_WALK_PAGE = 1024  # entries asked for at a time
 _PARTS = ("busy", "padding", "cached", "free", "overhead")  # of what is committed
 
 
@@ -56,9 +59,11 @@ def print_json(value: Any) -> None:
 
 def make_table(*headings: str, title: str | None = None, left: int = 1) -> Table:
     """A table whose columns after the first `left` are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index < left else "right")
+        table.add_column(heading, justify="left" if index < left else "right", overflow="fold")
     return table
 
 
@@ -76,7 +81,7 @@ def heap_title(info: HeapInfo) -> str:
     """How a heap is called on screen."""
     if info.name is not None:
         return info.name
-    return f"(default of session {info.creator})" if info.is_default else f"(anonymous {info.heap_id})"
+    return f"(default of {info.creator})" if info.is_default else "(no name)"
 
 
 def find_heap(session: hc.Session, text: str) -> HeapInfo:
@@ -94,6 +99,20 @@ def find_heap(session: hc.Session, text: str) -> HeapInfo:
     names = [info.name or str(info.heap_id) for info in infos]
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
     raise NoSuchHeapError(f"there is no heap {text!r} by name or id; heaps here: {known}")
+
+
+def walk_unlocked(session: hc.Session, heap: hc.Heap) -> Iterator[Entry]:
+    """The heap's entries, without its lock: who looks wants to see a heap that somebody holds, too.
+
+    `Heap.walk` takes the lock of a serialized heap for each page; here two pages may show two moments either way.
+    """
+    cursor = 0
+    while True:
+        entries, cursor = session.call(HeapWalk(heap.id, cursor, _WALK_PAGE))
+        for kind, *rest in entries:
+            yield Entry(EntryKind(kind), *rest)
+        if not cursor:
+            return
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import click
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option, json_option
-from heapd.cli.tables import opened
+from heapd.cli.tables import opened, walk_unlocked
 from heapd.records import Entry, EntryKind
 from heapd.units import format_size
 from heapd.wire import Endpoint
@@ -39,9 +39,10 @@ def walk(heap: str, limit: int, as_json: bool, endpoint: Endpoint) -> None:
 
     region: a reserved range. busy: an allocated block. free: committed, nobody's. cached: free, in a front end.
     uncommitted: reserved only. overhead: slab heads and remainders.
+    orphaned: its session has ended.
     """
     with hc.connect(str(endpoint), autostart=False) as session, opened(session, heap) as found:
-        entries = islice(found.walk(), limit) if limit else found.walk()
+        entries = islice(walk_unlocked(session, found), limit or None)
         if as_json:
             _print_json(entries)
         else:
@@ -60,7 +61,7 @@ def _print_json(entries: Iterable[Entry]) -> None:
 def _print_lines(entries: Iterable[Entry]) -> None:
     counts: Counter[EntryKind] = Counter()
     sizes: Counter[EntryKind] = Counter()
-    click.echo(f"{'kind':<12} {'address':>14} {'size':>12} {'extent':>12} {'session':>7} {'generation':>10}")
+    click.echo(f"{'kind':<11} {'address':>12} {'size':>11} {'extent':>11} {'session':>7} {'generation':>10}")
     for entry in entries:
         kind = EntryKind(entry.kind)
         counts[kind] += 1
@@ -73,12 +74,11 @@ def _line(kind: EntryKind, entry: Entry) -> str:
     """Sizes in bytes, as they are; what is not there stays blank."""
     session = str(entry.session) if entry.session else ""
     generation = str(entry.generation) if entry.generation else ""
-    text = f"{kind.name.lower():<12} {entry.address:>#14x} {entry.size:>12} {entry.extent:>12}"
-    text += f" {session:>7} {generation:>10}"
+    text = f"{kind.name.lower():<11} {entry.address:>#12x} {entry.size:>11} {entry.extent:>11}"
     if kind is EntryKind.REGION:
-        text += f"  number {entry.region}, {format_size(entry.committed)} committed"
-    elif entry.orphaned:
-        text += "  orphaned: its session has ended"
+        text += f" #{entry.region}, {format_size(entry.committed)} committed"
+    else:
+        text += f" {session:>7} {generation:>10}" + (" orphaned" if entry.orphaned else "")
     return click.style(text.rstrip(), fg=_COLOURS[kind], bold=kind is EntryKind.REGION)
 
 

@@ -17,7 +17,7 @@ from heapd.errors import HeapFullError
 from heapd.layout import CHUNK_PAGES, KIND_RUN, KIND_SPARE
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SIZE, align_up
 
-__all__ = ["BIG_PAGES", "Region", "Space"]
+__all__ = ["BIG_PAGES", "MAX_SERIAL", "Region", "Space"]
 
 BIG_PAGES = MIB // PAGE_SIZE  # runs from here up have a region of their own in a growable heap
 _SECOND_REGION = MIB // PAGE_SIZE
@@ -25,13 +25,14 @@ _LAST_REGION = 0xFD0000 // PAGE_SIZE  # Windows' cap, a multiple of 64 KiB
 _KEEP_PAGES = 16
 _KEEP_SHIFT = 6
 _SLICE_PAGES = 8 * CHUNK_PAGES  # 16 MiB
+MAX_SERIAL = (1 << 20) - 2  # what a walk's cursor has room for
 
 
 @dataclass(slots=True)
 class Region:
     """A run of pages reserved for the heap.
 
-    Fields: serial (order of birth, never used again), first, page_count, is_big (it holds one large run).
+    Fields: serial (order of birth, 0 for the heap's first), first, page_count, is_big (it holds one large run).
     """
 
     serial: int
@@ -85,6 +86,8 @@ class Space:
 
     def _add_region(self, page_count: int, *, is_big: bool) -> Region:
         first = self.arena.reserve(page_count, self.heap)
+        if self._next_serial > MAX_SERIAL:
+            self._count_again()
         region = Region(self._next_serial, first, page_count, is_big)
         self._next_serial += 1
         self.regions[region.serial] = region
@@ -97,14 +100,23 @@ class Space:
             self.spare.give(first, page_count)
         return region
 
+    def _count_again(self) -> None:
+        """Number the regions anew, in the same order."""
+        for serial, region in enumerate(self.regions.values()):
+            region.serial = serial
+        self.regions = {region.serial: region for region in self.regions.values()}
+        self._next_serial = len(self.regions)
+
     def _drop_region(self, region: Region) -> None:
         """Release a region whose pages are all spare, or a big one."""
         committed = self.arena.committed_in(region.first, region.page_count)
         if not region.is_big:
             self.spare.take_at(region.first, region.page_count)
             self.spare.remove_barrier(region.first)
-            # The end stays a barrier: it may be the start of a neighbour, and harms nobody else.
-            if region.end not in self._region_at:
+            # The end stays a barrier while spare pages of another region may begin there, and no longer: inside a
+            # later region it would keep neighbours apart.
+            behind = self._region_at.get(region.end)
+            if behind is None or behind.is_big:
                 self.spare.remove_barrier(region.end)
             self.spare_committed -= committed
         del self.regions[region.serial]

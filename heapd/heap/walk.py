@@ -17,8 +17,11 @@ from heapd.units import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["walk"]
 
-_OFFSET_BITS = 42  # a cursor is (region serial + 1) << 42 | bytes from the region's base + 1; 0: its REGION entry
+# A cursor: bit 62 for a large run's region, its serial + 1 from bit 42, bytes from its base + 1 (0: its REGION entry).
+_BIG_SHIFT = 62
+_OFFSET_BITS = 42
 _OFFSET_MASK = (1 << _OFFSET_BITS) - 1
+_SERIAL_MASK = (1 << _BIG_SHIFT - _OFFSET_BITS) - 1
 
 IsLive = Callable[[int], bool]
 
@@ -29,7 +32,7 @@ def walk(heap: Heap, cursor: int, limit: int, is_live: IsLive) -> tuple[list[Ent
     Args:    cursor (0: from the start), limit (entries; a few more may come), is_live (session number -> bool, to tell
              orphaned blocks).
     Returns: the entries, and the cursor of the entry after them, 0 at the end. A heap that changes between two calls
-             is walked as it is at each of them.
+             is walked as it is at each of them; a block that is there all the time is told exactly once.
     """
     entries: list[Entry] = []
     regions = heap.space.in_order()
@@ -39,7 +42,7 @@ def walk(heap: Heap, cursor: int, limit: int, is_live: IsLive) -> tuple[list[Ent
         for entry in _region_entries(heap, region, index, offset, is_live):
             if len(entries) >= limit:
                 offset = -1 if entry.kind is EntryKind.REGION else entry.address - (region.first << PAGE_SHIFT)
-                return entries, (region.serial + 1) << _OFFSET_BITS | offset + 1
+                return entries, region.is_big << _BIG_SHIFT | (region.serial + 1) << _OFFSET_BITS | offset + 1
             entries.append(entry)
         offset = -1
     return entries, 0
@@ -49,12 +52,11 @@ def _find(regions: list[Region], cursor: int) -> tuple[int, int]:
     """Where to go on: (index of the region, byte offset in it; -1: at its REGION entry)."""
     if cursor == 0:
         return 0, -1
-    serial = (cursor >> _OFFSET_BITS) - 1
+    place = cursor >> _BIG_SHIFT & 1 == 1, (cursor >> _OFFSET_BITS & _SERIAL_MASK) - 1
     for index, region in enumerate(regions):
-        if region.serial == serial:
-            return index, (cursor & _OFFSET_MASK) - 1
-    later = [index for index, region in enumerate(regions) if region.serial > serial]
-    return (later[0] if later else len(regions)), -1
+        if (region.is_big, region.serial) >= place:
+            return index, (cursor & _OFFSET_MASK) - 1 if (region.is_big, region.serial) == place else -1
+    return len(regions), -1
 
 
 def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live: IsLive) -> Iterator[Entry]:
@@ -66,14 +68,15 @@ def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live
         yield Entry(EntryKind.REGION, base, extent, extent, index, committed=committed)
         offset = 0
     page, skip = region.first + (offset >> PAGE_SHIFT), base + offset
-    page = _piece_start(heap, page)
+    page = _piece_start(heap, page, region.first) if page < region.end else page
     while page < region.end:
         slab = heap.slabs.get(page)
         if slab is not None:
             yield from _slab_entries(heap, slab, index, skip, is_live)
             page += slab.kind.page_count
         elif page in heap.runs:
-            yield run_entry(heap, page, index, is_live)
+            if page << PAGE_SHIFT >= skip:
+                yield run_entry(heap, page, index, is_live)
             page += heap.runs[page]
         else:
             count = heap.space.spare.count_at(page) or region.end - page  # the rest of a large run's last granule
@@ -81,8 +84,8 @@ def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live
             page += count
 
 
-def _piece_start(heap: Heap, page: int) -> int:
-    """First page of the slab or spare extent that `page` lies in: a cursor may point inside one."""
+def _piece_start(heap: Heap, page: int, first: int) -> int:
+    """First page of the slab, spare extent or run that `page` lies in: a cursor may point inside one."""
     slab = heap.slab_at(page)
     if slab is not None:
         return slab.first_page
@@ -91,7 +94,10 @@ def _piece_start(heap: Heap, page: int) -> int:
     for start, count in heap.space.spare:
         if start <= page < start + count:
             return start
-    return page
+    for start in range(page, first - 1, -1):
+        if page < start + heap.runs.get(start, 0):
+            return start
+    return page  # the rest of a large run's last granule
 
 
 def _spare_entries(heap: Heap, first: int, page_count: int, index: int, skip: int) -> Iterator[Entry]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from dataclasses import is_dataclass
 from typing import Any, Final
 
@@ -110,7 +109,7 @@ class ReplyMemory:
 
     def __init__(self) -> None:
         self.unfinished = 0
-        self._kept: OrderedDict[int, bytes | RunningJob] = OrderedDict()
+        self._kept: dict[int, bytes | RunningJob] = {}  # oldest first
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -124,24 +123,26 @@ class ReplyMemory:
         """Remember `answer`; it takes the place of the job that made it."""
         kept = self._kept
         before = kept.get(request_id)
-        if type(before) is bytes:
-            self._bytes -= len(before)
         kept[request_id] = answer
-        if type(answer) is bytes:
-            self._bytes += len(answer)
-        while len(kept) > _KEPT_REPLIES or (self._bytes > _KEPT_BYTES and len(kept) > 1):
-            if not self._drop_oldest():
-                break
+        self._bytes += len(answer) if type(answer) is bytes else 0
+        self._bytes -= len(before) if type(before) is bytes else 0
+        while len(kept) > _KEPT_REPLIES or self._bytes > _KEPT_BYTES:
+            oldest = next(iter(kept))
+            answer = kept[oldest]
+            if type(answer) is not bytes or len(kept) == 1:
+                self._drop_oldest_answer()
+                return
+            del kept[oldest]
+            self._bytes -= len(answer)
 
-    def _drop_oldest(self) -> bool:
-        """Forget the oldest answer; False if there is none but the latest. A job at work is never forgotten."""
+    def _drop_oldest_answer(self) -> None:
+        """Forget the oldest answer but the latest, past jobs at work, which are never forgotten."""
         latest = next(reversed(self._kept))
         for request_id, answer in self._kept.items():
             if type(answer) is bytes and request_id != latest:
                 del self._kept[request_id]
                 self._bytes -= len(answer)
-                return True
-        return False
+                return
 
     def settle(self, request_id: int, answer: bytes) -> None:
         """A job of the session has finished: its answer takes its place, if it is remembered at all."""

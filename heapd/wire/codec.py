@@ -9,7 +9,7 @@ A field's check is made once, from its annotation, at import; decoding looks it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from operator import attrgetter
 from types import UnionType
@@ -169,6 +169,10 @@ class _Shape(NamedTuple):
     required: int
     values: Callable[[Any], tuple[Any, ...]]
 
+    def name_of_fault(self, values: Sequence[Any]) -> str:
+        """The first field whose check refuses its value."""
+        return next(name for name, check, value in zip(self.names, self.checks, values, strict=False) if check(value))
+
 
 def _shape_of(kind: type[Request]) -> _Shape:
     hints = get_type_hints(kind, include_extras=True)
@@ -199,7 +203,7 @@ def encode_request(request: Request, request_id: int, token: bytes = b"") -> byt
     values = shape.values(request)
     for check, value in zip(shape.checks, values, strict=True):
         if (fault := check(value)) is not None:
-            name = next(name for name, c, v in zip(shape.names, shape.checks, values, strict=True) if c(v))
+            name = shape.name_of_fault(values)
             raise InvalidArgumentError(f"{request.name}: {name}: {fault}", field=name)
     frame: bytes = msgpack.packb((PROTOCOL_VERSION, request.op, request_id, token, *values))
     if len(frame) > MAX_REQUEST_BYTES:
@@ -232,32 +236,32 @@ def decode_request(frame: bytes, ops: Mapping[int, type[Request]]) -> Envelope:
         raise MessageError("the request is not one msgpack value within the limits", request_id=0) from None
     if type(items) is not list or len(items) < _ENVELOPE_ITEMS:
         raise MessageError("a request is an array: version, op, request id, token, fields", request_id=0)
-    version, op, request_id, token = items[:_ENVELOPE_ITEMS]
+    request_id = items[2]
     if type(request_id) is not int or not 0 < request_id <= MAX_REQUEST_ID:
         raise MessageError(f"a request id is an integer from 1 to {MAX_REQUEST_ID}", request_id=0)
-    if version != PROTOCOL_VERSION or type(version) is not int:
-        raise _version_error(version, request_id)
+    if items[0] != PROTOCOL_VERSION or type(items[0]) is not int:
+        raise _version_error(items[0], request_id)
+    op, token = items[1], items[3]
     if type(op) is not int or (kind := ops.get(op)) is None:
         raise UnknownOpError(f"no operation {_describe(op)} on this socket", request_id=request_id)
     if type(token) is not bytes or len(token) not in (0, TOKEN_BYTES):
         raise MessageError(f"a session's token is {TOKEN_BYTES} bytes, or none", request_id=request_id)
+    del items[:_ENVELOPE_ITEMS]
     return Envelope(request_id, token, _build(kind, items, request_id))
 
 
-def _build(kind: type[Request], items: list[Any], request_id: int) -> Request:
-    """The message of class `kind` from a frame's items; extra ones are a newer client's, missing ones have defaults."""
+def _build(kind: type[Request], values: list[Any], request_id: int) -> Request:
+    """The message of class `kind` from its fields; extra ones are a newer client's, missing ones have defaults."""
     shape = _SHAPES[kind]
-    values = items[_ENVELOPE_ITEMS : _ENVELOPE_ITEMS + len(shape.checks)]
     if len(values) < shape.required:
         raise MessageError(
             f"{kind.name}: {shape.required} fields are needed, {len(values)} came", request_id=request_id
         )
-    for index, value in enumerate(values):
-        fault = shape.checks[index](value)
-        if fault is not None:
-            name = shape.names[index]
+    for check, value in zip(shape.checks, values, strict=False):
+        if (fault := check(value)) is not None:
+            name = shape.name_of_fault(values)
             raise MessageError(f"{kind.name}: {name}: {fault}", request_id=request_id, field=name)
-    return kind(*values)
+    return kind(*values[: len(shape.checks)])
 
 
 def _version_error(version: object, request_id: int) -> HeapdError:

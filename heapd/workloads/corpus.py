@@ -31,7 +31,7 @@ __all__ = [
 _NEWLINE = re.compile(rb"\n")
 _WORD = re.compile(rb"\S+")
 _RECORD = struct.Struct("<IQQ32s")
-_SMALLEST_BATCH, _LARGEST_BATCH = 64 * KIB, MIB
+_SMALLEST_BATCH, _LARGEST_BATCH = 256 * KIB, MIB
 _MOST_FILES = 64
 
 

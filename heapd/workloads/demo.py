@@ -119,7 +119,7 @@ def _run_shared(
 
 def _look(session: hc.Session, heap: hc.Heap) -> Snapshot:
     statistics = heap.statistics()
-    cells = cell_size_for(statistics.committed, _PICTURE_CELLS)
+    cells = cell_size_for(statistics.reserved, statistics.committed, _PICTURE_CELLS)
     picture = picture_of_walk(f"heap {jobs.HEAP_NAME!r}", heap.walk(), cells)
     return Snapshot(statistics, session.statistics(), picture)
 

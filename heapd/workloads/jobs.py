@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ __all__ = ["HEAP_NAME", "index_alone", "index_blocks", "index_queue", "load_bloc
 
 HEAP_NAME = "files"
 _ENTRY = struct.Struct("<IQ40s")  # of a list block: file index, bytes in the file, handle of its block
+_BATCHES_AT_ONCE = 16  # arbitrary: up to 16 MiB and 1,024 files in one request
 _WAIT_S = 60.0  # for the loader's next list; it publishes one every few ms
 
-type_of_item = tuple[int, bytes]
+_Item = tuple[int, bytes]  # file index, content
 
 
 # -- one process -----------------------------------------------------------------------------------------------------
@@ -37,7 +39,7 @@ def index_alone(line: Line, paths: list[str]) -> None:
 
 
 # -- through multiprocessing.Queue -----------------------------------------------------------------------------------
-def load_queue(line: Line, queue: Queue[type_of_item | None], paths: list[str], workers: int) -> None:
+def load_queue(line: Line, queue: Queue[_Item | None], paths: list[str], workers: int) -> None:
     """Read each file and put its bytes on the queue, then an end mark for each worker."""
     line.wait_go()
     for index, path in enumerate(paths):
@@ -48,7 +50,7 @@ def load_queue(line: Line, queue: Queue[type_of_item | None], paths: list[str], 
     line.done()
 
 
-def index_queue(line: Line, queue: Queue[type_of_item | None]) -> None:
+def index_queue(line: Line, queue: Queue[_Item | None]) -> None:
     """Index files from the queue until the end mark."""
     line.wait_go()
     findings = []
@@ -65,21 +67,34 @@ def load_blocks(line: Line, endpoint: str, paths: list[str], sizes: list[int], w
         heap = session.open_heap(HEAP_NAME)
         line.wait_go()
         number = 0
-        for batch in batches(sizes):
-            _publish_list(heap, number, _load_batch(heap, batch, paths, sizes))
+        for batch, blocks, listing in _allocated(heap, sizes):
+            listing.view[:] = b"".join(
+                _load(index, block, paths[index]) for index, block in zip(batch, blocks, strict=True)
+            )
+            heap.publish(list_name(number), listing)
             number += 1
         for end in range(workers):
-            _publish_list(heap, number + end, b"")
+            heap.publish(list_name(number + end), heap.alloc(0))
         line.done()
 
 
-def _load_batch(heap: Heap, batch: range, paths: list[str], sizes: list[int]) -> bytes:
-    blocks = heap.alloc_many([sizes[index] for index in batch])
-    entries = []
-    for index, block in zip(batch, blocks, strict=True):
-        block, length = _load_file(block, paths[index])
-        entries.append(_ENTRY.pack(index, length, block.handle.encode()))
-    return b"".join(entries)
+def _allocated(heap: Heap, sizes: list[int]) -> Iterator[tuple[range, list[Block], Block]]:
+    """(file indices, their blocks, a block for the list of these) of each batch; many batches a round trip."""
+    remaining = batches(sizes)
+    while group := list(islice(remaining, _BATCHES_AT_ONCE)):
+        wanted = [sizes[index] for batch in group for index in batch] + [len(batch) * _ENTRY.size for batch in group]
+        blocks = heap.alloc_many(wanted)
+        lists = blocks[-len(group) :]
+        at = 0
+        for batch, listing in zip(group, lists, strict=True):
+            yield batch, blocks[at : at + len(batch)], listing
+            at += len(batch)
+
+
+def _load(index: int, block: Block, path: str) -> bytes:
+    """Read a file into its block. Returns: its entry in the list."""
+    block, length = _load_file(block, path)
+    return _ENTRY.pack(index, length, block.handle.encode())
 
 
 def _load_file(block: Block, path: str) -> tuple[Block, int]:
@@ -101,12 +116,6 @@ def _read_into(block: Block, start: int, readinto: object) -> int:
     return start
 
 
-def _publish_list(heap: Heap, number: int, entries: bytes) -> None:
-    block = heap.alloc(len(entries))
-    block.view[:] = entries
-    heap.publish(f"list/{number}", block)
-
-
 def index_blocks(line: Line, endpoint: str, number: int) -> None:
     """Index blocks where they are, list by list, until an empty list; leave the findings in a block of the heap."""
     with hc.connect(endpoint, autostart=False) as session:
@@ -122,7 +131,7 @@ def index_blocks(line: Line, endpoint: str, number: int) -> None:
 
 def _index_lists(line: Line, session: Session, heap: Heap, cursor: Block) -> Iterator[tuple[int, Finding]]:
     while True:
-        entries = heap.lookup(f"list/{_take_ticket(heap, cursor)}", timeout=_WAIT_S)
+        entries = heap.lookup(list_name(_take_ticket(heap, cursor)), timeout=_WAIT_S)
         if entries.size == 0:
             return
         for index, length, encoded in _ENTRY.iter_unpack(entries.view):
@@ -138,6 +147,11 @@ def _take_ticket(heap: Heap, cursor: Block) -> int:
         ticket: int = words[0]
         words[0] = ticket + 1
     return ticket
+
+
+def list_name(number: int) -> str:
+    """The name under which the loader publishes a list of files."""
+    return f"list/{number}"
 
 
 def result_name(number: int) -> str:

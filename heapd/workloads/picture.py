@@ -97,12 +97,14 @@ class Strip:
 
 @dataclass(slots=True)
 class Picture:
-    """Strips under one title, all with cells of `cell_size` bytes; `busy` is what Part.BUSY is called in it."""
+    """Strips under one title, all with cells of `cell_size` bytes; `busy` is what Part.BUSY is called in it, `note` a
+    sentence under the title."""
 
     title: str
     cell_size: int
     strips: list[Strip] = field(default_factory=list)
     busy: str = "busy"
+    note: str = ""
 
     def strip(self, label: str, address: int, size: int) -> Strip:
         """Append a strip."""
@@ -114,10 +116,14 @@ class Picture:
         return [sum(column) for column in zip(*(strip.totals() for strip in self.strips), strict=True)] or [0] * _PARTS
 
 
-def cell_size_for(committed: int, cells: int) -> int:
-    """The cell size, a power of two in bytes, that spreads `committed` bytes over at most `cells` cells."""
+def cell_size_for(reserved: int, committed: int, cells: int) -> int:
+    """The cell size, a power of two in bytes, with which a picture takes about `cells` cells.
+
+    What is reserved and far from anything committed takes no room, so it counts only up to four times (arbitrary)
+    what is committed.
+    """
     size = _SMALLEST_CELL
-    while committed > size * cells:
+    while min(reserved, 4 * committed) > size * cells:
         size *= 2
     return size
 
@@ -198,7 +204,7 @@ def _legend(picture: Picture) -> Text:
         (*_RESERVED, "reserved"), ("░", "green", "committed, free"), ("▒", "cyan", f"under half {picture.busy}"),
         ("▓", "blue", "over half"), ("█", "blue", f"all {picture.busy}"),
     ):  # fmt: skip
-        text.append(glyph * 2, style)
+        text.append(glyph, style)
         text.append(f" {meaning}  ")
     text.rstrip()
     return text
@@ -218,8 +224,11 @@ def render(picture: Picture, columns: int) -> RenderableType:
     """The picture as lines of at most `columns` characters (at least 40)."""
     width = cells_per_line(columns)
     lines: list[RenderableType] = [
-        Text.assemble((picture.title, "bold"), f"  (one character is {format_size(picture.cell_size)})")
+        Text(picture.title, style="bold"),
+        Text(f"one character is {format_size(picture.cell_size)}", style="bright_black"),
     ]
+    if picture.note:
+        lines.append(Text(picture.note, style="bright_black"))
     for strip in picture.strips:
         lines += _strip_lines(strip, width)
     if not picture.strips:

@@ -94,7 +94,8 @@ def _draw_head(canvas: _Canvas, picture: Picture) -> None:
         canvas.rect(x, 44, 14, 14, _COLOURS[part])
         canvas.text(x + 20, 56, text)
         x += 20 + 7.2 * len(text) + 14
-    canvas.text(16, 80, f"A column is {format_size(picture.cell_size)}, filled from the bottom.", "axis")
+    note = f"; {picture.note}" if picture.note else ""
+    canvas.text(16, 80, f"a column is {format_size(picture.cell_size)}, filled from the bottom{note}", "axis")
     _draw_axis(canvas, picture.cell_size * CELLS_PER_ROW)
 
 
