@@ -115,7 +115,7 @@ class FrontEnd:
         else:
             key = _LARGE + pages_for(size)
         found = self._bins.get(key) or self._add_bin(key)
-        if 0 < size and len(self._stack_of) < _MAX_SIZES:
+        if size > 0 and len(self._stack_of) < _MAX_SIZES:
             self._stack_of[size] = found.stack
         return found
 
@@ -336,5 +336,3 @@ def check_busy(word: int, block: Block, form: WordFormat) -> int:
             f"the block at {block.address:#x} was freed, and its memory given out again", address=block.address
         )
     return word
-
-

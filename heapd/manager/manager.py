@@ -433,7 +433,9 @@ class HeapManager:
     def _lease(self, session: Session, request: m.HeapLease) -> list[Grant]:
         shared = session.heaps.get(request.heap) or self._locate(session, request.heap)
         if request.size * request.count > SLICE_BYTES:
-            raise InvalidArgumentError(f"a lease of {request.count} blocks of {request.size} bytes is too large at once")
+            raise InvalidArgumentError(
+                f"a lease of {request.count} blocks of {request.size} bytes is too large at once"
+            )
         return shared.heap.lease(request.size, request.count, session.number)
 
     def _give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
