@@ -110,10 +110,7 @@ class FrontEnd:
         """The bin that blocks of `size` bytes come from. Raises: BlockTooLargeError."""
         if size > MAX_BLOCK_SIZE:
             raise BlockTooLargeError(f"{size} bytes requested; a block has at most {MAX_BLOCK_SIZE}")
-        if size <= MAX_CLASS_SIZE:
-            key = class_index(size)
-        else:
-            key = _LARGE + pages_for(size)
+        key = class_index(size) if size <= MAX_CLASS_SIZE else _LARGE + pages_for(size)
         found = self._bins.get(key) or self._add_bin(key)
         if size > 0 and len(self._stack_of) < _MAX_SIZES:
             self._stack_of[size] = found.stack
@@ -121,10 +118,8 @@ class FrontEnd:
 
     def _bin_of(self, block: Block) -> Bin:
         """The bin that a freed block belongs to."""
-        if block.extent <= MAX_CLASS_SIZE:
-            key = class_index(block.extent)
-        else:
-            key = _LARGE + (block.extent >> PAGE_SHIFT)
+        extent = block.extent
+        key = class_index(extent) if extent <= MAX_CLASS_SIZE else _LARGE + pages_for(extent)
         return self._bins.get(key) or self._add_bin(key)
 
     def _add_bin(self, key: int) -> Bin:
