@@ -387,8 +387,9 @@ CONTROL_OPS: Final[dict[int, type[Request]]] = {kind.op: kind for kind in (Hello
 OPS: Final[dict[int, type[Request]]] = {
     kind.op: kind
     for kind in (
-        SessionClose, SessionList, ArenaStatisticsGet, ArenaReclaim, HeapCreate, HeapOpen, HeapOpenId, HeapDefault, HeapClose,
-        HeapDestroy, HeapList, HeapAlloc, HeapAllocMany, HeapResize, HeapFree, HeapFreeMany, HeapLease, HeapGiveBack, HeapWalk, HeapValidate,
-        HeapCompact, HeapStatisticsGet, NamePublish, NameLookup, NameUnpublish, NameList,
+        SessionClose, SessionList, ArenaStatisticsGet, ArenaReclaim, HeapCreate, HeapOpen, HeapOpenId, HeapDefault,
+        HeapClose, HeapDestroy, HeapList, HeapAlloc, HeapAllocMany, HeapResize, HeapFree, HeapFreeMany, HeapLease,
+        HeapGiveBack, HeapWalk, HeapValidate, HeapCompact, HeapStatisticsGet, NamePublish, NameLookup, NameUnpublish,
+        NameList,
     )
 }  # fmt: skip

@@ -175,13 +175,13 @@ def test_more_than_the_threshold_is_decommitted_at_once(make_heap: MakeHeap, are
 
 
 def test_the_threshold_grows_with_the_heap(make_heap: MakeHeap) -> None:
-    """A 32nd of 64 MiB: 2 MiB less a page may stay."""
+    """A 64th of 64 MiB: 1 MiB less a page may stay."""
     heap = make_heap(maximum=128 * MIB)
     heap.alloc(64 * MIB, SESSION)
-    block, anchor = heap.alloc(2 * MIB - PAGE_SIZE, SESSION), heap.alloc(4096, SESSION)
+    block, anchor = heap.alloc(MIB - PAGE_SIZE, SESSION), heap.alloc(4096, SESSION)
     assert anchor
     heap.free(block.address, block.generation)
-    assert heap.space.spare_committed == (2 * MIB - PAGE_SIZE) // PAGE_SIZE
+    assert heap.space.spare_committed == (MIB - PAGE_SIZE) // PAGE_SIZE
 
 
 def test_closing_gives_every_page_back_whatever_is_allocated(heap: Heap, arena: Arena) -> None:
