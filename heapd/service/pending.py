@@ -32,14 +32,21 @@ class RunningJob:
     loop's: where to answer), answer (the frame, once step() has returned True; None where nobody waits).
     """
 
-    __slots__ = ("_job", "_memory", "answer", "reply_to", "request_id", "what")
+    __slots__ = ("_is_kept", "_job", "_memory", "answer", "reply_to", "request_id", "what")
 
-    def __init__(self, job: Job, what: str, request_id: int | None = None, memory: ReplyMemory | None = None) -> None:
-        """`memory` is told the answer if it knows of the request, and counts the job as unfinished till then."""
+    def __init__(
+        self,
+        job: Job,
+        what: str,
+        request_id: int | None = None,
+        memory: ReplyMemory | None = None,
+        *,
+        is_kept: bool = True,
+    ) -> None:
+        """`memory` is where the request is unfinished until the answer is there; with `is_kept` the answer stays."""
         self._job = job
         self._memory = memory
-        if memory is not None:
-            memory.unfinished += 1
+        self._is_kept = is_kept
         self.what = what
         self.request_id = request_id
         self.reply_to: list[bytes] = []
@@ -62,22 +69,22 @@ class RunningJob:
         if self.request_id is not None:
             self.answer = answer
             if self._memory is not None:
-                self._memory.settle(self.request_id, answer)
+                self._memory.settle(self.request_id, answer if self._is_kept else None)
         return True
 
 
 class Deferred:
     """A waiter of the manager's with the request it will answer.
 
-    Fields: waiter, token (of the session that waits), request_id, what, reply_to, error (why it waits no longer,
-    where the waiter itself does not say).
+    Fields: waiter, request_id, what, reply_to, error (why it waits no longer, where the waiter itself does not say).
     """
 
-    __slots__ = ("error", "reply_to", "request_id", "token", "waiter", "what")
+    __slots__ = ("_memory", "error", "reply_to", "request_id", "waiter", "what")
 
-    def __init__(self, waiter: Waiter, token: bytes, request_id: int, what: str) -> None:
+    def __init__(self, waiter: Waiter, what: str, request_id: int, memory: ReplyMemory) -> None:
+        """`memory` is where the request is unfinished until `answer` was called."""
         self.waiter = waiter
-        self.token = token
+        self._memory = memory
         self.request_id = request_id
         self.what = what
         self.reply_to: list[bytes] = []
@@ -85,6 +92,7 @@ class Deferred:
 
     def answer(self) -> bytes:
         """The frame for a waiter that is ready."""
+        self._memory.settle(self.request_id, None)
         error = self.error or self.waiter.error
         if error is not None:
             return encode_error(self.request_id, error)
@@ -102,50 +110,34 @@ def _encode(request_id: int, result: Any, what: str) -> bytes:
 class ReplyMemory:
     """The last answers of one session, so that a request that comes twice is executed once.
 
-    Bounded in count and in bytes; the latest is always kept. Fields: unfinished (jobs of the session at work).
+    Bounded in count and in bytes; the latest is always kept. Fields: unfinished (by request id, what has no answer
+    yet: a repeat of such a request joins it).
     """
 
     __slots__ = ("_bytes", "_kept", "unfinished")
 
     def __init__(self) -> None:
-        self.unfinished = 0
-        self._kept: dict[int, bytes | RunningJob] = {}  # oldest first
+        self.unfinished: dict[int, RunningJob | Deferred] = {}
+        self._kept: dict[int, bytes] = {}  # oldest first
         self._bytes = 0
 
     def __len__(self) -> int:
+        """Answers kept."""
         return len(self._kept)
 
-    def find(self, request_id: int) -> bytes | RunningJob | None:
-        """What request `request_id` was answered, the job that is still at it, or None if it is new."""
-        return self._kept.get(request_id)
+    def find(self, request_id: int) -> bytes | RunningJob | Deferred | None:
+        """What request `request_id` was answered, what is still at it, or None if it is new."""
+        return self._kept.get(request_id) or self.unfinished.get(request_id)
 
-    def keep(self, request_id: int, answer: bytes | RunningJob) -> None:
-        """Remember `answer`; it takes the place of the job that made it."""
+    def keep(self, request_id: int, answer: bytes) -> None:
+        """Remember the answer to a request that has none yet."""
         kept = self._kept
-        before = kept.get(request_id)
         kept[request_id] = answer
-        self._bytes += len(answer) if type(answer) is bytes else 0
-        self._bytes -= len(before) if type(before) is bytes else 0
-        while len(kept) > _KEPT_REPLIES or self._bytes > _KEPT_BYTES:
-            oldest = next(iter(kept))
-            answer = kept[oldest]
-            if type(answer) is not bytes or len(kept) == 1:
-                self._drop_oldest_answer()
-                return
-            del kept[oldest]
-            self._bytes -= len(answer)
+        self._bytes += len(answer)
+        while len(kept) > _KEPT_REPLIES or (self._bytes > _KEPT_BYTES and len(kept) > 1):
+            self._bytes -= len(kept.pop(next(iter(kept))))
 
-    def _drop_oldest_answer(self) -> None:
-        """Forget the oldest answer but the latest, past jobs at work, which are never forgotten."""
-        latest = next(reversed(self._kept))
-        for request_id, answer in self._kept.items():
-            if type(answer) is bytes and request_id != latest:
-                del self._kept[request_id]
-                self._bytes -= len(answer)
-                return
-
-    def settle(self, request_id: int, answer: bytes) -> None:
-        """A job of the session has finished: its answer takes its place, if it is remembered at all."""
-        self.unfinished -= 1
-        if request_id in self._kept:
+    def settle(self, request_id: int, answer: bytes | None) -> None:
+        """If the request is unfinished, it no longer is; `answer` is remembered unless it is None."""
+        if self.unfinished.pop(request_id, None) is not None and answer is not None:
             self.keep(request_id, answer)

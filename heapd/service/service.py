@@ -38,7 +38,7 @@ log = logging.getLogger("heapd.service")
 
 Answer = bytes | RunningJob | Deferred
 
-_MAX_UNFINISHED: Final = 64  # jobs of one session at once; what the memory of answers can hold
+_MAX_UNFINISHED: Final = 2048  # jobs and waits of one session at once; arbitrary, above the manager's limit on waits
 _NEVER: Final = 2**63
 _ENDED_SESSIONS: Final = 64  # arbitrary: sessions whose last answers outlive them, for a repeated session.close
 
@@ -107,35 +107,36 @@ class Service:
         except SessionLostError as error:
             return self._answer_without_session(request_id, token, error)
         memory = self._memories[token]
-        if request.is_idempotent:
-            return self._execute(session, request_id, request, memory)
         known = memory.find(request_id)
         if known is not None:
             self.counters["requests_repeated"] += 1
             return known
         if type(request) is SessionClose:
-            answer: Answer = self._close(session, request_id, memory)
+            answer = self._close(session, request_id, memory)
         else:
             answer = self._execute(session, request_id, request, memory)
-        if not isinstance(answer, Deferred):
+        if not isinstance(answer, bytes):
+            memory.unfinished[request_id] = answer
+        elif not request.is_idempotent:
             memory.keep(request_id, answer)
         return answer
 
     def _execute(self, session: Session, request_id: int, request: Request, memory: ReplyMemory) -> Answer:
         try:
-            if memory.unfinished >= _MAX_UNFINISHED:
+            if len(memory.unfinished) >= _MAX_UNFINISHED:
                 raise LimitError(
-                    f"{memory.unfinished} requests of this session are unfinished; wait for some", limit=_MAX_UNFINISHED
+                    f"{len(memory.unfinished)} requests of this session are unfinished; wait for some",
+                    limit=_MAX_UNFINISHED,
                 )
             outcome = self._manager.handle(session, request)
             if outcome is None or isinstance(outcome, (tuple, list)):
                 return encode_reply(request_id, outcome)
             if isinstance(outcome, GeneratorType):
-                job = RunningJob(outcome, request.name, request_id, memory)
+                job = RunningJob(outcome, request.name, request_id, memory, is_kept=not request.is_idempotent)
                 # The first slice at once: what follows on the same socket finds it begun, and most jobs done.
                 return (job.answer or b"") if job.step() else job
             if hasattr(outcome, "ready"):
-                deferred = Deferred(outcome, session.token, request_id, request.name)
+                deferred = Deferred(outcome, request.name, request_id, memory)
                 if outcome.ready:
                     return deferred.answer()
                 self._waiting[id(outcome)] = deferred
@@ -277,15 +278,15 @@ class Service:
         del peer.sessions[session.token]
         if not peer.sessions:
             self._idle_peers.append(peer)
-        self._overtake_waits(session.token)
+        self._overtake_waits(memory)
         return (job.answer or b"") if job.step() else job
 
-    def _overtake_waits(self, token: bytes) -> None:
+    def _overtake_waits(self, memory: ReplyMemory) -> None:
         """Another thread of a session that is closed may be waiting: it is told."""
-        for key, deferred in list(self._waiting.items()):
-            if deferred.token == token:
+        for deferred in memory.unfinished.values():
+            if isinstance(deferred, Deferred) and self._waiting.pop(id(deferred.waiter), None) is not None:
                 deferred.error = SessionLostError("the session was closed while it waited")
-                self._overtaken.append(self._waiting.pop(key))
+                self._overtaken.append(deferred)
 
     def take_idle_peers(self) -> list[Peer]:
         """The processes whose last session has ended since the last call; nobody needs to watch them any more."""
