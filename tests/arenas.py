@@ -33,8 +33,11 @@ def private_arena(*, reserve: int = RESERVE, commit_limit: int | None = 200 * MI
             arena.segment.close()
 
 
-def finish(outcome: Any) -> Any:
-    """The answer of an operation: what it returned, or what its job returns once it has run to the end."""
+def finish(outcome: Any, between: Callable[[], object] = lambda: None) -> Any:
+    """The answer of an operation: what it returned, or what its job returns once it has run to the end.
+
+    `between` is called at every pause of the job, as others' requests are.
+    """
     if not isinstance(outcome, Generator):
         return outcome
     while True:
@@ -42,6 +45,7 @@ def finish(outcome: Any) -> Any:
             next(outcome)
         except StopIteration as end:
             return end.value
+        between()
 
 
 class Commits:
