@@ -38,38 +38,35 @@ def private_daemon(name: str) -> Iterator[str]:
     """
     folder = Path(tempfile.mkdtemp(prefix=f"heapd-{name}-"))
     try:
-        endpoint = f"ipc://{folder}/{name}"
+        endpoint = Endpoint(str(folder), name)
         with (folder / "log").open("wb") as log:
             daemon = _start(endpoint, log.fileno())
         try:
-            segment = _wait_for(endpoint, daemon, folder / "log")
-            try:
-                yield endpoint
-            finally:
-                _stop(daemon, segment)
+            _wait_for(endpoint, daemon, folder / "log")
+            yield str(endpoint)
         finally:
-            _kill(daemon)
+            _stop(daemon, endpoint)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(endpoint: str, log: int) -> subprocess.Popen[bytes]:
-    place = Endpoint.parse(endpoint)
-    command = [sys.executable, "-m", "heapd", "serve", "--name", place.name, "--runtime-dir", place.directory]
-    command += ["--idle-exit", str(_IDLE_EXIT_S)]
+def _start(endpoint: Endpoint, log: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "heapd", "serve", "--endpoint", str(endpoint), "--idle-exit", str(_IDLE_EXIT_S)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def _wait_for(endpoint: str, daemon: subprocess.Popen[bytes], log: Path) -> str:
-    """Return the segment's name when the daemon answers."""
+def _wait_for(endpoint: Endpoint, daemon: subprocess.Popen[bytes], log: Path) -> None:
+    """Return when the daemon answers."""
     deadline = time.monotonic() + _START_DEADLINE_S
     while time.monotonic() < deadline:
         if daemon.poll() is not None:
             raise WorkloadError(f"the daemon ended with exit code {daemon.returncode}: {_last_lines(log)}")
         try:
-            return str(hc.daemon_status(endpoint, timeout=1.0)["segment"])
+            hc.daemon_status(str(endpoint), timeout=1.0)
         except DaemonError:
             time.sleep(0.01)
+        else:
+            return
     raise WorkloadError(f"the daemon does not answer after {_START_DEADLINE_S:g} s: {_last_lines(log)}")
 
 
@@ -77,24 +74,25 @@ def _last_lines(log: Path) -> str:
     return " / ".join(log.read_text(errors="replace").split("\n")[-4:]).strip(" /") or "it said nothing"
 
 
-def _stop(daemon: subprocess.Popen[bytes], segment: str) -> None:
-    """Stop the daemon cleanly; one that does not is killed and its segment removed."""
-    daemon.send_signal(signal.SIGTERM)
+def _stop(daemon: subprocess.Popen[bytes], endpoint: Endpoint) -> None:
+    """Stop the daemon, at any point of its life, and see that its segments are gone; one that does not stop is killed.
+
+    Raises: WorkloadError if it had to be killed.
+    """
+    daemon.terminate()
     try:
         daemon.wait(_STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        _kill(daemon)
-        for path in _SHM.glob(f"{segment}*"):
-            with suppress(OSError):
-                path.unlink()
-        raise WorkloadError(f"the daemon did not stop within {_STOP_DEADLINE_S:g} s and was killed") from None
-
-
-def _kill(daemon: subprocess.Popen[bytes]) -> None:
-    if daemon.poll() is None:
+    except BaseException as error:  # too slow, or the user is impatient: Ctrl-C again
         with suppress(ProcessLookupError):
-            os.killpg(daemon.pid, signal.SIGKILL)
+            os.killpg(daemon.pid, signal.SIGKILL)  # it, and what it has started
         daemon.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            text = f"the daemon did not stop within {_STOP_DEADLINE_S:g} s and was killed"
+            raise WorkloadError(text) from None
+        raise
+    finally:
+        for path in _SHM.glob(f"{endpoint.segment}*"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

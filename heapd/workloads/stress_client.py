@@ -10,7 +10,8 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import heapd_client as hc
@@ -98,7 +99,7 @@ def result_name(number: int) -> str:
     return f"result/{number}"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Held:
     block: hc.Block
     stamp: Stamp
@@ -258,13 +259,18 @@ class StressClient:
         for block in blocks:
             self._hold(block, heap)
 
-    def _check_held(self, held: _Held) -> None:
-        """Raises: CheckError; the block is dropped, as nobody can say whose it is."""
+    @contextmanager
+    def _checking(self, held: _Held) -> Iterator[None]:
+        """A block found wrong inside is dropped: nobody can say whose it is, and once is enough."""
         try:
-            check(held.block.view, held.stamp)
+            yield
         except CheckError:
             self._drop(held)
             raise
+
+    def _check_held(self, held: _Held) -> None:
+        with self._checking(held):
+            check(held.block.view, held.stamp)
 
     def _write(self) -> None:
         held = self._pick()
@@ -299,7 +305,8 @@ class StressClient:
         self._note("realloc", started)
         self._bytes += block.size - length
         held.block = block
-        check_prefix(block.view, held.stamp, length)
+        with self._checking(held):
+            check_prefix(block.view, held.stamp, length)
         fill(block.view, held.stamp)
 
     def _free(self) -> None:
