@@ -171,9 +171,9 @@ class Space:
         return first
 
     def take_at(self, first: int, page_count: int) -> bool:
-        """Take the spare pages that begin an extent at `first`; False if they are not spare. Raises: as take."""
-        if not self.spare.take_at(first, page_count):
-            return False
+        """Take the spare pages that follow a run, from `first` on; False if they are not spare. Raises: as take."""
+        if first in self._region_at or not self.spare.take_at(first, page_count):
+            return False  # where the run ends with its region, another may begin
         self._make_ready(first, page_count)
         return True
 

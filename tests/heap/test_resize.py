@@ -96,12 +96,17 @@ def test_a_run_grows_into_spare_pages_behind_it(make_heap: MakeHeap, arena: Aren
 
 
 def test_a_run_does_not_grow_over_the_end_of_its_region(heap: Heap) -> None:
-    """The pages behind may be another region's, of this heap or another."""
-    grant = heap.alloc(40 * KIB, SESSION)
-    heap.alloc(500 * KIB, SESSION)
+    """Not even where the pages behind are spare, and the heap's own: they are another region's."""
+    grant, passing = heap.alloc(60 * KIB, SESSION), heap.alloc(500 * KIB, SESSION)
+    anchor = heap.alloc(100 * KIB, SESSION)
+    assert passing.address == grant.address + 64 * KIB
+    heap.free(passing.address, passing.generation)
     resize(heap, grant, 64 * KIB)
+    assert heap.space.spare.count_at(passing.address // PAGE_SIZE) == 500 * KIB // PAGE_SIZE
     with pytest.raises(CannotResizeInPlaceError):
         heap.resize(grant.address, grant.generation, 64 * KIB + 1, in_place_only=True)
+    check_heap(heap)
+    heap.free(anchor.address, anchor.generation)
     check_heap(heap)
 
 
