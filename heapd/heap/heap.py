@@ -68,6 +68,7 @@ class Heap:
         self.partial: list[list[Slab]] = [[] for _ in CLASSES]
         self.slabs: dict[int, Slab] = {}
         self.runs: dict[int, int] = {}
+        self.unfinished: set[int] = set()  # first pages of runs whose commit goes on: nobody was given them yet
         self.allocations = 0
         self.releases = 0
         self._slab_of_page: dict[int, Slab] = {}
@@ -92,12 +93,14 @@ class Heap:
     def alloc_in_slices(self, size: int, session: int) -> Generator[None, None, Grant]:
         """As alloc, for blocks over SLICE_BYTES: yields between slices of its commit.
 
-        Raises: as alloc; HeapDestroyedError if the heap was closed meanwhile. Nothing has changed.
+        Raises: as alloc; HeapDestroyedError if the heap was closed meanwhile. Nothing has changed, nor when the job is
+        dropped. Until it ends no free, resize or reap reaches the block: its pages are not all committed.
         """
         self.check_size(size)
         page_count = pages_for(size)
         first = self._take_run(page_count)
         fresh = self.arena.committed_in(first, page_count) == 0
+        self.unfinished.add(first)
         try:
             self.arena.pages.map_edges(first, page_count)
             grant = self._finish_run(first, page_count, size, session, fresh=fresh)
@@ -108,12 +111,15 @@ class Heap:
                 yield
                 if self.space.is_closed:
                     raise HeapDestroyedError("the heap was destroyed while the block was committed")
-        except HeapFullError:
-            if self.runs.pop(first, 0):
-                self.releases += 1
-                self.arena.words[grant.slot] = RUN_WORD.free(grant.generation)
-            self._give_run(first, page_count)
+        except (HeapFullError, GeneratorExit):
+            if not self.space.is_closed:
+                if self.runs.pop(first, 0):
+                    self.releases += 1
+                    self.arena.words[grant.slot] = RUN_WORD.free(grant.generation)
+                self._give_run(first, page_count)
             raise
+        finally:
+            self.unfinished.discard(first)
         return grant
 
     def lease(self, size: int, count: int, session: int) -> list[Grant]:
@@ -295,7 +301,7 @@ class Heap:
             if not slab.lent[index]:
                 raise DoubleFreeError(f"the block at {address:#x} is free already")
             return slab, index, slab.slot + index
-        if address & (PAGE_SIZE - 1) or page not in self.runs:
+        if address & (PAGE_SIZE - 1) or page not in self.runs or page in self.unfinished:
             if self._was_run(address, page):
                 raise DoubleFreeError(f"the block at {address:#x} is free already")
             raise NotABlockError(f"no block begins at address {address:#x}")
@@ -411,7 +417,7 @@ class Heap:
                 if slab.lent[index] and self.slabs.get(slab.first_page) is slab:
                     yield slot + index, base + index * extent
         for first in list(self.runs):
-            if first in self.runs:
+            if first in self.runs and first not in self.unfinished:
                 yield self.arena.shape.run_slot(first), first << PAGE_SHIFT
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def validate_heap(heap: Heap, is_known: IsKnown) -> Generator[None, None, list[V
                 seen = 0
                 yield
     for first in list(heap.runs):
-        if first in heap.runs and len(found) < MAX_VIOLATIONS:
+        if first in heap.runs and first not in heap.unfinished and len(found) < MAX_VIOLATIONS:
             found += _check_run(heap, first, is_known)
             seen += 1
     return found[:MAX_VIOLATIONS]
