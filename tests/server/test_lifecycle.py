@@ -1,0 +1,307 @@
+"""A daemon's start and end: what it refuses, what it cleans up, what it leaves, and when it ends by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from heapd.errors import SegmentError
+from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
+from heapd.server.credentials import start_time_of
+from heapd.server.leftovers import claim_segment, segment_owner
+from heapd.wire import Endpoint
+from heapd.wire.messages import HeapDestroy, HeapOpen, SessionClose
+from tests.conftest import StartDaemon
+from tests.harness import Daemon, unique_name, wait_until
+from tests.server.raw import RawSession, connect_raw, status
+
+SHM = Path("/dev/shm")
+
+
+def heapd(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a heapd command to its end."""
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [sys.executable, "-m", "heapd", *arguments], capture_output=True, text=True, timeout=20, **options
+    )
+
+
+def files_of(daemon: Daemon) -> list[str]:
+    """Sockets and lock file of a daemon."""
+    return sorted(path.name for path in daemon.directory.glob(f"{daemon.name}.*") if path.suffix != ".log")
+
+
+# -- one at a time -------------------------------------------------------------------------------------------------
+def test_a_second_daemon_of_one_name_is_refused_by_the_firsts_pid(daemon: Daemon) -> None:
+    """A bind on the path would succeed silently and take the clients away: the lock comes first."""
+    second = heapd("serve", "-e", daemon.endpoint)
+    assert second.returncode == 5
+    assert second.stderr.startswith(f"heapd: daemon {daemon.name!r} is running already: process {daemon.process.pid} ")
+    assert status(daemon.endpoint)["pid"] == daemon.process.pid
+
+
+def test_daemons_of_one_name_in_two_directories_do_not_meet(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Their segments lie in one flat space and are told apart."""
+    first = start_daemon(name="same")
+    second = subprocess.Popen(
+        [sys.executable, "-m", "heapd", "serve", "--name", "same", "--runtime-dir", str(tmp_path / "r")],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        endpoint = f"ipc://{tmp_path}/r/same"
+        assert status(endpoint)["segment"] != status(first.endpoint)["segment"]
+    finally:
+        second.terminate()
+        assert second.wait(10) == 0
+
+
+# -- the end -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_stops_it_cleanly(start_daemon: StartDaemon, number: signal.Signals) -> None:
+    """Exit status 0; sockets, lock file and segment are gone."""
+    daemon = start_daemon()
+    assert daemon.segments()
+    daemon.process.send_signal(number)
+    assert daemon.process.wait(10) == 0
+    assert files_of(daemon) == []
+    assert daemon.segments() == []
+
+
+def test_stop_waits_until_it_has_ended(start_daemon: StartDaemon) -> None:
+    """After `heapd stop` nothing of it is left."""
+    daemon = start_daemon()
+    stopped = heapd("stop", daemon.endpoint)
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert f"process {daemon.process.pid}" in stopped.stdout
+    assert daemon.process.wait(1) == 0
+    assert files_of(daemon) == []
+
+
+def test_a_kill_leaves_the_segment_and_nothing_that_would_remove_it(start_daemon: StartDaemon) -> None:
+    """No resource tracker was ever started: the arena outlives its daemon until heapd itself removes it."""
+    daemon = start_daemon()
+    pid = daemon.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    assert children == ""
+    daemon.kill()
+    assert len(daemon.segments()) == 1
+
+
+def test_a_start_clears_away_what_a_kill_left(start_daemon: StartDaemon) -> None:
+    """Stale sockets, a stale lock file with a dead pid, a stale arena: none needs a manual step."""
+    first = start_daemon(name="again")
+    instance = status(first.endpoint)["segment"]
+    first.kill()
+    assert files_of(first) == ["again.control", "again.lock", "again.work"]
+    second = start_daemon(name="again")
+    assert status(second.endpoint)["segment"] == instance
+    assert re.search(r"WARNING .* removing the arena", second.log)
+    with RawSession(second.endpoint) as session:
+        session.alloc(session.create_heap())
+
+
+def test_it_ends_by_itself_when_nobody_uses_it(start_daemon: StartDaemon) -> None:
+    """That long after its last session."""
+    daemon = start_daemon("--idle-exit", "0.3")
+    with RawSession(daemon.endpoint) as session:
+        greeting = session.greeting
+        assert greeting["session"] == 1
+        with pytest.raises(subprocess.TimeoutExpired):
+            daemon.process.wait(1)
+        session.ask(SessionClose())
+    assert daemon.process.wait(10) == 0
+    assert daemon.segments() == []
+
+
+def test_a_persistent_heap_keeps_it_alive(start_daemon: StartDaemon) -> None:
+    """Somebody will want it again."""
+    daemon = start_daemon("--idle-exit", "0.2")
+    with RawSession(daemon.endpoint) as session:
+        heap = session.create_heap("kept", F_SERIALIZE | F_PERSISTENT)
+        session.ask(SessionClose())
+    with pytest.raises(subprocess.TimeoutExpired):
+        daemon.process.wait(1)
+    with RawSession(daemon.endpoint) as session:
+        session.ask(HeapOpen("kept"))
+        session.ask(HeapDestroy(heap))
+        session.ask(SessionClose())
+    assert daemon.process.wait(10) == 0
+
+
+# -- the start -----------------------------------------------------------------------------------------------------
+def test_it_says_when_it_is_ready(runtime_dir: Path) -> None:
+    """Whoever started it reads a line from a pipe, and can connect at once."""
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-m", "heapd", "serve", "--name", "r", "--ready-fd", str(write_end)]
+    daemon = subprocess.Popen(command, pass_fds=[write_end], stderr=subprocess.DEVNULL)
+    os.close(write_end)
+    try:
+        with open(read_end, "rb") as pipe:
+            assert pipe.read() == b"ready\n"
+        connect_raw(f"ipc://{runtime_dir}/r").close()
+    finally:
+        daemon.terminate()
+        assert daemon.wait(10) == 0
+
+
+def test_everything_of_it_is_its_users_alone(daemon: Daemon) -> None:
+    """Directory, sockets and segment, whatever the umask was."""
+    assert stat.S_IMODE(daemon.directory.stat().st_mode) == 0o700
+    for which in ("control", "work"):
+        assert stat.S_IMODE((daemon.directory / f"{daemon.name}.{which}").stat().st_mode) & 0o077 == 0
+    (segment,) = daemon.segments()
+    assert stat.S_IMODE((SHM / segment).stat().st_mode) == 0o600
+
+
+def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:
+    """With one line that says what to do."""
+    tmp_path.chmod(0o755)
+    refused = heapd("serve", "--runtime-dir", str(tmp_path))
+    assert refused.returncode == 1
+    assert re.fullmatch(r"heapd: the runtime directory .* is open to others .*\n", refused.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--name", "a/b"], 2, "letters, digits"),
+        (["--name", "x" * 65], 2, "letters, digits"),
+        (["--runtime-dir", "/tmp/" + "d" * 100], 2, "choose a shorter"),
+        (["--reserve", "12x"], 2, "is no size"),
+        (["--reserve", "1MiB"], 1, "too small"),
+        (["-e", "demo", "--name", "demo"], 2, "--endpoint says it all"),
+        (["--ready-fd", "99"], 2, "not open"),
+        (["--idle-exit", "-1"], 2, "--idle-exit"),
+        (["--commit-limit", "4KiB"], 6, "commit limit"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_clear_line(runtime_dir: Path, arguments: list[str], code: int, text: str) -> None:
+    """Never a traceback; nothing is left behind."""
+    refused = heapd("serve", *arguments)
+    assert refused.returncode == code
+    assert text in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [path for path in runtime_dir.iterdir() if path.suffix != ".log"] == []
+
+
+def test_the_segment_of_a_daemon_that_lives_is_not_taken(daemon: Daemon) -> None:
+    """Even if somebody took its lock file away, so that a second daemon could lock a new one."""
+    (daemon.directory / f"{daemon.name}.lock").unlink()
+    refused = heapd("serve", "-e", daemon.endpoint)
+    assert refused.returncode == 1
+    assert f"in use by the daemon of process {daemon.process.pid}" in refused.stderr
+
+
+# -- whose a segment is --------------------------------------------------------------------------------------------
+class MadeUp:
+    """A segment whose header says what a test wants."""
+
+    def __init__(self, pid: int, start_time: int, magic: int = MAGIC) -> None:
+        self.endpoint = Endpoint("/run/nowhere", unique_name())
+        words = [0] * 16
+        words[H_MAGIC], words[H_PID], words[H_START_TIME] = magic, pid, start_time
+        self.path = SHM / self.endpoint.segment
+        self.path.write_bytes(b"".join(word.to_bytes(WORD, "little") for word in words))
+
+
+def test_a_segment_is_its_living_makers() -> None:
+    """Process id and start time both have to match: ids are used again."""
+    me = os.getpid()
+    born = start_time_of(me)
+    assert born is not None
+    for start_time, is_alive in ((born, True), (born - 1, False)):
+        made = MadeUp(me, start_time)
+        try:
+            owner = segment_owner(made.endpoint.segment)
+            assert owner is not None
+            assert (owner.pid, owner.is_alive, owner.is_foreign) == (me, is_alive, False)
+        finally:
+            made.path.unlink()
+
+
+def test_a_segment_that_was_never_finished_is_removed() -> None:
+    """Its maker was killed before it wrote who it is."""
+    made = MadeUp(os.getpid(), 1, magic=0)
+    assert claim_segment(made.endpoint) == made.endpoint.segment
+    assert not made.path.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs to give a file away")
+def test_a_name_that_another_user_took_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon takes the name with the hash, and says so if that is taken too."""
+    name = unique_name()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/me")
+    endpoint = Endpoint("/run/me/heapd", name)
+    taken = [SHM / endpoint.segment, SHM / endpoint.unique_segment]
+    try:
+        taken[0].write_bytes(b"theirs")
+        os.chown(taken[0], 65534, 65534)
+        assert claim_segment(endpoint) == endpoint.unique_segment
+        taken[1].symlink_to("/etc/hostname")
+        with pytest.raises(SegmentError, match="another user"):
+            claim_segment(endpoint)
+        assert taken[0].read_bytes() == b"theirs"
+    finally:
+        for path in taken:
+            path.unlink(missing_ok=True)
+
+
+# -- asking --------------------------------------------------------------------------------------------------------
+def test_status_says_who_and_how_much(daemon: Daemon) -> None:
+    """As JSON for programs, and as lines for people."""
+    answer = heapd("status", daemon.endpoint, "--json")
+    assert answer.returncode == 0
+    values = json.loads(answer.stdout)
+    assert (values["name"], values["endpoint"]) == (daemon.name, daemon.endpoint)
+    assert (values["pid"], values["incarnation"], values["sessions"]) == (daemon.process.pid, 1, 0)
+    lines = heapd("status", env={**os.environ, "HEAPD_ENDPOINT": daemon.endpoint}).stdout
+    assert re.search(r"^reserve +1 GiB$", lines, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["status", "stop"])
+def test_where_no_daemon_is_the_command_says_so(runtime_dir: Path, command: str) -> None:
+    """Exit status 3 and how to start one."""
+    answer = heapd(command, "nobody")
+    assert answer.returncode == 3
+    assert answer.stderr == (
+        f"heapd: no daemon answers at ipc://{runtime_dir}/nobody; start one with "
+        f"`heapd serve -e ipc://{runtime_dir}/nobody`\n"
+    )
+
+
+def test_a_stale_socket_is_no_daemon(start_daemon: StartDaemon) -> None:
+    """After a kill the files are still there; zmq itself would wait for somebody to come."""
+    daemon = start_daemon()
+    daemon.kill()
+    assert heapd("status", daemon.endpoint).returncode == 3
+
+
+def test_a_daemon_that_does_not_answer_is_lost(daemon: Daemon) -> None:
+    """Exit status 4, after the time that was given."""
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        answer = heapd("status", daemon.endpoint, "--timeout", "0.2")
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    assert answer.returncode == 4
+    assert "did not answer within 0.2 s" in answer.stderr
+
+
+def test_latency_figures_count_requests(daemon: Daemon) -> None:
+    """Each request on the work socket is one."""
+    with RawSession(daemon.endpoint) as session:
+        heap = session.create_heap()
+        for _ in range(20):
+            session.alloc(heap)
+    wait_until(lambda: status(daemon.endpoint)["requests"] == 21)
+    answer = status(daemon.endpoint)
+    assert 0 < answer["rpc_median_us"] <= answer["rpc_p99_us"] < 1e6
