@@ -27,12 +27,13 @@ def _size(rng: random.Random) -> int:
 
 
 class Mix:
-    """The live blocks and what they cost."""
+    """The live blocks and what they cost. `is_batched`: by alloc_many and free_many, else one by one."""
 
-    def __init__(self, session: hc.Session, heap: hc.Heap, seed: int) -> None:
+    def __init__(self, session: hc.Session, *, is_batched: bool) -> None:
         self._session = session
-        self._heap = heap
-        self._random = random.Random(seed)
+        self.heap = session.create_heap(serialize=False)
+        self.is_batched = is_batched
+        self._random = random.Random(_SEED)
         self._segment = f"/dev/shm/{session.arena.name}"
         self._blocks: list[hc.Block] = []
 
@@ -42,26 +43,29 @@ class Mix:
             self._alloc(min(_STEP, _LIVE - len(self._blocks)))
 
     def _alloc(self, count: int) -> None:
-        self._blocks += self._heap.alloc_many([_size(self._random) for _ in range(count)])
+        sizes = [_size(self._random) for _ in range(count)]
+        self._blocks += self.heap.alloc_many(sizes) if self.is_batched else [self.heap.alloc(size) for size in sizes]
+
+    def _free(self, blocks: list[hc.Block]) -> None:
+        if self.is_batched:
+            self.heap.free_many(blocks)
+            return
+        for block in blocks:
+            block.free()
 
     def turn_over(self, steps: int) -> None:
         """Replace random blocks by new ones, `steps` times."""
         for _ in range(steps):
             self._random.shuffle(self._blocks)
-            self._heap.free_many(self._blocks[-_STEP:])
+            self._free(self._blocks[-_STEP:])
             del self._blocks[-_STEP:]
             self._alloc(_STEP)
 
-    def shares(self) -> tuple[float, float, float]:
-        """Payload over: committed bytes of the heap, bytes of the segment with its tables, bytes less the tables."""
+    def shares(self) -> tuple[float, float]:
+        """Payload over committed bytes of the heap, and over what the segment really takes, tables included."""
         payload = sum(block.size for block in self._blocks)
-        arena = self._session.statistics()
         physical = os.stat(self._segment).st_blocks * 512
-        return (
-            payload / self._heap.statistics().committed,
-            payload / physical,
-            payload / (physical - arena.tables),
-        )
+        return payload / self.heap.statistics().committed, payload / physical
 
 
 def main() -> int:
@@ -70,36 +74,31 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="exit code 1 if a bar is missed")
     options = parser.parse_args()
     looks = 10 if options.quick else 50
-    steps = _LIVE // _STEP // 5  # a fifth of the blocks between two looks
     bench = Benchmark("memory", f"{_LIVE:,} live blocks, {looks / 5:g} times replaced, seed {_SEED}, {looks} looks")
     with daemon() as endpoint, hc.connect(endpoint, autostart=False) as session:
-        heap = session.create_heap(serialize=False)
-        mix = Mix(session, heap, _SEED)
-        mix.fill()
-        filled = mix.shares()
-        samples = []
-        for _ in range(looks):
-            mix.turn_over(steps)
-            samples.append(mix.shares())
-        _figures(bench, filled, samples, heap)
+        for label, is_batched in (("one by one", False), ("in batches", True)):
+            mix = Mix(session, is_batched=is_batched)
+            _measure(bench, label, mix, looks)
+            mix.heap.destroy()
     bench.caveats.append("the physical memory of page tables in each process, and of the daemon itself")
     return bench.report(strict=options.strict)
 
 
-def _figures(
-    bench: Benchmark, filled: tuple[float, float, float], samples: list[tuple[float, float, float]], heap: hc.Heap
-) -> None:
-    heap_share, segment_share, block_share = (list(column) for column in zip(*samples, strict=True))
-    bench.raw["payload / committed"] = heap_share
-    bench.raw["payload / st_blocks"] = segment_share
-    bench.add("payload / committed, filled", filled[0], "x")
-    bench.add("payload / committed, median look", median(heap_share), "x")
-    bench.add("payload / committed, worst look", min(heap_share), "x", at_least=0.85)
-    bench.add("payload / st_blocks of the segment, worst look", min(segment_share), "x", at_least=0.85)
-    bench.add("payload / st_blocks less tables, worst look", min(block_share), "x")
-    statistics = heap.statistics()
-    for part in ("committed", "busy", "padding", "free", "overhead"):
-        bench.add(f"{part} at the end", getattr(statistics, part) / MIB, "MiB")
+def _measure(bench: Benchmark, label: str, mix: Mix, looks: int) -> None:
+    mix.fill()
+    bench.add(f"{label}: payload / committed, filled", mix.shares()[0], "x")
+    samples = []
+    for _ in range(looks):
+        mix.turn_over(_LIVE // _STEP // 5)  # a fifth of the blocks between two looks
+        samples.append(mix.shares())
+    of_heap, of_segment = ([share[column] for share in samples] for column in (0, 1))
+    bench.raw[label] = {"payload / committed": of_heap, "payload / st_blocks": of_segment}
+    bench.add(f"{label}: payload / committed, median look", median(of_heap), "x")
+    bench.add(f"{label}: payload / committed, worst look", min(of_heap), "x", at_least=0.85)
+    bench.add(f"{label}: payload / st_blocks of the segment, worst look", min(of_segment), "x", at_least=0.85)
+    statistics = mix.heap.statistics()
+    for part in ("committed", "busy", "padding", "cached", "free", "overhead"):
+        bench.add(f"{label}: {part} at the end", getattr(statistics, part) / MIB, "MiB")
 
 
 if __name__ == "__main__":

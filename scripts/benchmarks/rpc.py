@@ -2,7 +2,8 @@
 
 The echo is a DEALER and a ROUTER in processes of their own over ipc, the server a loop of recv_multipart and
 send_multipart that answers with as many bytes as the daemon does. The machine is not quiet, so both sides take turns
-round by round, and the bars are on the median of the rounds' ratios.
+round by round, and the bars are on the median of the rounds' ratios. The RPC is the wire protocol by hand, encoding
+and decoding included; heap.alloc and block.free stand beside it for what users get, mostly without a round trip.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ def _one_client(bench: Benchmark, endpoint: str, echo: tuple[str, bytes], rounds
     bench.raw["ratios to the echo"] = turns.ratios
     bench.add("alloc RPC / echo", median(turns.ratios["alloc RPC"]), "x", at_most=1.3)
     bench.add("free RPC / echo", median(turns.ratios["free RPC"]), "x", at_most=1.3)
-    bench.add("heap.alloc / echo", median(turns.ratios["heap.alloc"]), "x", at_most=1.3)
-    bench.add("block.free / echo", median(turns.ratios["block.free"]), "x", at_most=1.3)
+    bench.add("heap.alloc / echo", median(turns.ratios["heap.alloc"]), "x")
+    bench.add("block.free / echo", median(turns.ratios["block.free"]), "x")
     raw.close()
     bare.close()
 
@@ -257,9 +258,8 @@ def _many_clients(bench: Benchmark, endpoint: str, echo: tuple[str, bytes], roun
     bench.raw[f"{_CLIENTS} clients, calls a second"] = rates
     for kind, label in (("echo", "echo"), ("rpc", "alloc and free RPC"), ("public", "heap.alloc and block.free")):
         bench.add(f"{_CLIENTS} clients, {label}", median(rates[kind]), "a second")
-    for kind, label in (("rpc", "RPC"), ("public", "heap.alloc, block.free")):
-        ratio = median(mine / bare for mine, bare in zip(rates[kind], rates["echo"], strict=True))
-        bench.add(f"{_CLIENTS} clients, {label} / echo", ratio, "x", at_least=0.7)
+    ratio = median(mine / bare for mine, bare in zip(rates["rpc"], rates["echo"], strict=True))
+    bench.add(f"{_CLIENTS} clients, RPC / echo", ratio, "x", at_least=0.7)
 
 
 @contextmanager
