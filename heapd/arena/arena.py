@@ -233,7 +233,9 @@ class Arena:
             self.settle_all()
             self.budget.take(missing * PAGE_SIZE)
         done: list[tuple[int, int]] = []
-        for start, count in self._stretches(first, page_count, PAGE_RESERVED):
+        for start, count, is_committed in self.stretches(first, page_count):
+            if is_committed:
+                continue
             try:
                 os.posix_fallocate(self.segment.fd, start << PAGE_SHIFT, count << PAGE_SHIFT)
             except OSError as error:
@@ -260,7 +262,9 @@ class Arena:
         return committed
 
     def _punch(self, first: int, page_count: int, state: int) -> None:
-        for start, count in self._stretches(first, page_count, PAGE_COMMITTED):
+        for start, count, is_committed in self.stretches(first, page_count):
+            if not is_committed:
+                continue
             self.segment.mapping.madvise(MADV_REMOVE, start << PAGE_SHIFT, count << PAGE_SHIFT)
             self.budget.give(count * PAGE_SIZE)
         self._state[first : first + page_count] = _STATE_BYTES[state] * page_count
@@ -278,23 +282,18 @@ class Arena:
     def state_of(self, page: int) -> int:
         return self._state[page]
 
-    def _stretches(self, first: int, page_count: int, state: int) -> list[tuple[int, int]]:
-        """The maximal stretches (start, count) of pages in `state`."""
-        found, at, end = [], first, first + page_count
-        while (at := self._state.find(state, at, end)) >= 0:
-            stop = at + 1
-            # Compare whole spans first: a loop over pages would cost 60 ns each.
-            other = [self._state.find(value, at, end) for value in (0, 1, 2) if value != state]
-            stop = min((position for position in other if position >= 0), default=end)
-            found.append((at, stop - at))
+    def stretches(self, first: int, page_count: int) -> list[tuple[int, int, bool]]:
+        """A range of reserved and committed pages as (start, count, is_committed), in order."""
+        state, at, end = self._state, first, first + page_count
+        found = []
+        while at < end:
+            is_committed = state[at] == PAGE_COMMITTED
+            stop = state.find(PAGE_RESERVED if is_committed else PAGE_COMMITTED, at, end)
+            if stop < 0:
+                stop = end
+            found.append((at, stop - at, is_committed))
             at = stop
         return found
-
-    def stretches(self, first: int, page_count: int) -> list[tuple[int, int, bool]]:
-        """A range as (start, count, is_committed), in order."""
-        parts = [(start, count, True) for start, count in self._stretches(first, page_count, PAGE_COMMITTED)]
-        parts += [(start, count, False) for start, count in self._stretches(first, page_count, PAGE_RESERVED)]
-        return sorted(parts)
 
     def describe(self, first: int, page_count: int, kind: int, heap: int, start: int) -> None:
         """Say in the page map what the pages of a range are; states are filled in from what they are."""

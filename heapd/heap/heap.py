@@ -33,6 +33,7 @@ SLICE_BYTES = 16 * MIB  # 4 to 10 ms of commit; a larger block takes `alloc_in_s
 SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
 _SLAB_GENERATION = SLAB_WORD.generation_shift
 _SLAB_GENERATIONS = SLAB_WORD.generation_mask
+_PARKED_PAGES = 4  # arbitrary: what an empty slab may keep committed
 _FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
 
 
@@ -72,6 +73,7 @@ class Heap:
         self.allocations = 0
         self.releases = 0
         self._slab_of_page: dict[int, Slab] = {}
+        self._parked: dict[int, Slab] = {}  # class index -> a slab that was left empty, and may be in use again
         first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
         pages = align_up(max(first, 1), GRANULE_PAGES)
         self.space.open(pages, min(max(pages_for(initial), 1), pages))
@@ -202,7 +204,7 @@ class Heap:
         self.arena.describe(first, needed - touched, KIND_SLAB, self.index, slab.first_page)
 
     def _new_slab(self, kind: SizeClass) -> Slab:
-        first = self.space.take(kind.page_count)
+        first = self._take_pages(kind.page_count)
         slab = Slab(kind, first)
         try:
             self.space.commit(first, 1)
@@ -229,7 +231,7 @@ class Heap:
     def _take_run(self, page_count: int) -> int:
         if page_count >= BIG_PAGES and not self.maximum:
             return self.space.take_big(page_count)
-        return self.space.take(page_count)
+        return self._take_pages(page_count)
 
     def _give_run(self, first: int, page_count: int) -> None:
         if self.space.is_big(first):
@@ -270,12 +272,40 @@ class Heap:
         self.releases += 1
         if slab is None:
             self._give_run(index, self.runs.pop(index))
-            return
-        if slab.is_full:
-            insort(self.partial[slab.kind.index], slab)
-        slab.take_back(index)
-        if not slab.lent_count:
+        else:
+            if slab.is_full:
+                insort(self.partial[slab.kind.index], slab)
+            slab.take_back(index)
+            if not slab.lent_count:
+                self._park(slab)
+        if self.allocations == self.releases and self._parked:
+            self.drop_empty_slabs()  # nothing is lent: be as a heap just made
+
+    def _park(self, slab: Slab) -> None:
+        """Keep an empty slab if it is a small one and its class's only slab with room, else drop it. Making one costs
+        as much as five allocations, and a program that allocates and frees in turn would make one each time."""
+        if len(self.partial[slab.kind.index]) == 1 and slab.pages_touched <= _PARKED_PAGES:
+            self._parked[slab.kind.index] = slab
+        else:
             self._drop_slab(slab)
+
+    def drop_empty_slabs(self) -> bool:
+        """Give the pages of slabs without any block back; False if there was none."""
+        parked = [slab for slab in self._parked.values() if not slab.lent_count]
+        self._parked.clear()
+        for slab in parked:
+            if self.slabs.get(slab.first_page) is slab:
+                self._drop_slab(slab)
+        return bool(parked)
+
+    def _take_pages(self, page_count: int) -> int:
+        """Spare pages, also those of empty slabs if need be. Raises: HeapFullError."""
+        try:
+            return self.space.take(page_count)
+        except HeapFullError:
+            if not self.drop_empty_slabs():
+                raise
+            return self.space.take(page_count)
 
     def _drop_slab(self, slab: Slab) -> None:
         """Give an empty slab's pages back."""
@@ -397,10 +427,11 @@ class Heap:
         return self.space.find_region(address >> PAGE_SHIFT) is not None
 
     def compact(self) -> Generator[None, None, int]:
-        """Decommit spare pages, yielding between slices; returns bytes of the largest committed free extent before.
+        """Decommit what is free, yielding between slices; returns bytes of the largest committed free extent before.
 
         Free pages are coalesced already when they are given back; nothing moves.
         """
+        self.drop_empty_slabs()
         largest = max(self.space.largest_committed() << PAGE_SHIFT, self._largest_free_block())
         while self.space.decommit_spare():
             yield

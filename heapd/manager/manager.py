@@ -452,7 +452,8 @@ class HeapManager:
             if seen % _WORDS_A_SLICE == 0:
                 yield
                 if shared.is_destroyed:
-                    break
+                    return taken
+        shared.heap.drop_empty_slabs()
         yield from self._settle()
         return taken
 
