@@ -321,18 +321,18 @@ class HeapManager:
         yield from self._settle()
 
     def _list_heaps(self, session: Session, request: m.HeapList) -> list[tuple[Any, ...]]:
-        wanted: list[SharedHeap]
+        wanted = self.heaps
         if request.pid:
-            by_id = {
+            wanted = {
                 heap_id: shared
                 for other in self.sessions
                 if other.pid == request.pid and other.is_live
                 for heap_id, shared in other.heaps.items()
             }
-            wanted = sorted(by_id.values(), key=lambda shared: (not shared.is_default, shared.heap_id))
-        else:
-            wanted = list(self.heaps.values())
-        return [self._info(shared) for shared in wanted if shared.heap_id > request.after][: request.limit]
+        page = [wanted[heap_id] for heap_id in sorted(wanted) if heap_id > request.after][: request.limit]
+        if request.pid:  # within the page: who asks for more goes on after its largest id
+            page.sort(key=lambda shared: not shared.is_default)
+        return [self._info(shared) for shared in page]
 
     # -- blocks ------------------------------------------------------------------------------------------------------
     def _alloc(self, session: Session, request: m.HeapAlloc) -> Grant | Job:
