@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -184,8 +185,6 @@ def test_the_counters_count(heap: hc.Heap) -> None:
 
 def test_a_lock_keeps_the_arena_mapped(shared_daemon) -> None:  # type: ignore[no-untyped-def]
     """Session, heap and mapping may be dropped inside the `with`: the mutex is still there to be given up."""
-    import gc
-
     session = hc.connect(shared_daemon.endpoint, autostart=False)
     with session.create_heap("kept", persistent=True).lock():
         session.close()
@@ -204,15 +203,19 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def storm() -> Iterator[None]:
-    """SIGALRM's handler raises; the test sets the timer."""
+    """SIGALRM's handler raises; the test sets the timer. No garbage is collected meanwhile: what the handler raises in
+    a finalizer is lost, and pytest tells on it."""
 
     def interrupt(number: int, frame: object) -> None:
         raise Interrupted
 
+    gc.collect()
+    gc.disable()
     old = signal.signal(signal.SIGALRM, interrupt)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, old)
+    gc.enable()
 
 
 def test_an_interrupted_lock_is_held_iff_its_block_runs(heap: hc.Heap, storm: None) -> None:

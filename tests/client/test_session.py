@@ -255,9 +255,12 @@ def test_import_is_light() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # CPU time, and the best of some: other processes must not decide it.
-    bare, client = (min(cpu_seconds(text) for _ in range(8)) for text in ("pass", "import heapd_client"))
-    assert client - bare < 0.120
+    # CPU time, and the best of some in turn, measured against a part of it: a busy machine must not decide it.
+    programs = ("pass", "import zmq", "import heapd_client")
+    rounds = [[cpu_seconds(program) for program in programs] for _ in range(8)]
+    bare, zmq, client = (min(times) for times in zip(*rounds, strict=True))
+    slowness = max(1.0, (zmq - bare) / 0.030)  # 27 ms on the machine of the bar
+    assert client - bare < 0.120 * slowness
 
 
 def test_the_face_is_small_and_complete() -> None:
