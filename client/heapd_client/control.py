@@ -9,9 +9,8 @@ import errno
 import os
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import zmq
 
@@ -46,8 +45,7 @@ _MAX_RECONNECT_MS: Final = 200
 _ID: Final = 1  # a control socket here asks one thing
 
 
-@dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(NamedTuple):
     """What hello answered; see PROTOCOL.md. Sizes in bytes, daemon_start_time in clock ticks after boot."""
 
     session: int
@@ -64,7 +62,7 @@ class Greeting:
     def of(cls, answer: Any) -> Greeting:
         """Raises: MessageError if `answer` is no map with these fields; others in it are a newer daemon's."""
         try:
-            greeting = cls(*(answer[name] for name in cls.__slots__))
+            greeting = cls(*(answer[name] for name in cls._fields))
         except (KeyError, TypeError):
             raise MessageError("the daemon's answer to hello is incomplete") from None
         if len(greeting.token) != TOKEN_BYTES or len(greeting.instance) != 16:

@@ -136,6 +136,7 @@ class HeapManager:
             return
         self.sessions.end(session)
         self._room.session_gone(session)
+        session.heaps.update((shared.heap_id, shared) for shared in session.closed if not shared.is_destroyed)
         for shared in list(session.heaps.values()):
             shared.openers.discard(session.number)
             if not self._must_go(shared, session):
@@ -295,6 +296,7 @@ class HeapManager:
             raise NotPermittedError("an anonymous heap lives as long as the session that made it; destroy it instead")
         shared.openers.discard(session.number)
         del session.heaps[request.heap]
+        session.closed = {other for other in session.closed if not other.is_destroyed} | {shared}
         return self._destroy(shared) if self._must_go(shared, session) else None
 
     def _destroy_heap(self, session: Session, request: m.HeapDestroy) -> Job:

@@ -28,7 +28,8 @@ class Session:
     """One client.
 
     Fields: number (in state words), token (16 random bytes, proves on the work socket who is calling), pid, uid,
-    opened_ns, heaps (it has open, by id), default_heap, requests (so far), waiters (names it waits for now), is_live.
+    opened_ns, heaps (it has open, by id), closed (heaps it had open: blocks of it may lie there), default_heap, requests
+    (so far), waiters (names it waits for now), is_live.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Session:
     uid: int
     opened_ns: int
     heaps: dict[int, SharedHeap] = field(default_factory=dict)
+    closed: set[SharedHeap] = field(default_factory=set)
     default_heap: SharedHeap | None = None
     requests: int = 0
     waiters: int = 0
