@@ -28,8 +28,8 @@ class Session:
     """One client.
 
     Fields: number (in state words), token (16 random bytes, proves on the work socket who is calling), pid, uid,
-    opened_ns, heaps (it has open, by id), closed (heaps it had open: blocks of it may lie there), default_heap, requests
-    (so far), waiters (names it waits for now), is_live.
+    opened_ns, heaps (it has open, by id), closed (heaps it had open: blocks of it may lie there), default_heap,
+    requests (so far), waiters (names it waits for now), is_live.
     """
 
     number: int
