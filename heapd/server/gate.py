@@ -1,7 +1,9 @@
 """One listening ROUTER socket: opened, shut while descriptors are scarce, made anew when its buffers run away.
 
 libzmq aborts the whole process when accept() meets the descriptor limit, so a gate counts what it lets in and the
-loop shuts it in time; connections that are in stay.
+loop shuts it in time. Shutting must not disturb who is in, and an unbind would: libzmq ends a listener's connections
+with it. So the socket file is renamed, and nobody else finds it; only what waits in the listener's backlog still
+comes in.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import zmq
 from heapd.server.config import Config
 from heapd.wire import MAX_REQUEST_BYTES
 
-__all__ = ["Gate"]
+__all__ = ["SHUT_SUFFIX", "Gate"]
+
+SHUT_SUFFIX: Final = ".shut"  # of a socket file while its gate is shut
 
 _MANDATORY: Final = 1  # a reply to somebody who has left, or does not read, is an error and not a silent loss
 
@@ -23,11 +27,13 @@ _MANDATORY: Final = 1  # a reply to somebody who has left, or does not read, is 
 class Gate:
     """A listening socket. Fields: socket, monitor (its events), is_open, accepted (connections since last asked)."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, config: Config) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: str, config: Config) -> None:
         self._context = context
-        self._address = address
+        self._path = path
+        self._shut_path = path + SHUT_SUFFIX
+        self._address = f"ipc://{path}"
         self._config = config
-        self.is_open = False
+        self.is_open = self._is_bound = False
         self.socket, self.monitor = self._make()
 
     def _make(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
@@ -44,14 +50,19 @@ class Gate:
 
     def open(self) -> None:
         """Listen. A socket file that is there, from the last time, is replaced."""
-        if not self.is_open:
+        if self.is_open:
+            return
+        if self._is_bound:
+            os.rename(self._shut_path, self._path)
+        else:
             self.socket.bind(self._address)
-            self.is_open = True
+            self._is_bound = True
+        self.is_open = True
 
     def shut(self) -> None:
         """Let nobody else in; who is in stays."""
         if self.is_open:
-            self.socket.unbind(self._address)
+            os.rename(self._path, self._shut_path)
             self.is_open = False
 
     def renew(self) -> None:
@@ -64,10 +75,13 @@ class Gate:
 
     def close(self, linger_ms: int = 0) -> None:
         """Close for good, giving answers that are on their way `linger_ms` to leave."""
-        self.shut()
         self.socket.disable_monitor()
         self.monitor.close(0)
         self.socket.close(linger_ms)
+        self.is_open = self._is_bound = False
+        for path in (self._path, self._shut_path):  # libzmq leaves them
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def take_accepted(self) -> int:
         """How many connections came in since the last call."""

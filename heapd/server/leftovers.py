@@ -16,6 +16,7 @@ from heapd.arena import remove_segment
 from heapd.errors import SegmentError
 from heapd.layout import H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
 from heapd.server.credentials import start_time_of
+from heapd.server.gate import SHUT_SUFFIX
 from heapd.wire import Endpoint
 
 __all__ = ["SegmentOwner", "claim_segment", "clear_sockets", "segment_owner"]
@@ -84,7 +85,8 @@ def segment_owner(name: str) -> SegmentOwner | None:
 
 
 def clear_sockets(endpoint: Endpoint) -> None:
-    """Remove the socket files of a daemon that has ended."""
+    """Remove the socket files of a daemon that was killed."""
     for path in (endpoint.control_path, endpoint.work_path):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        for leftover in (path, path + SHUT_SUFFIX):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)

@@ -56,7 +56,6 @@ def serve(config: Config) -> None:
         stack.callback(lock.release)
         limit = raise_descriptor_limit()
         clear_sockets(endpoint)
-        stack.callback(clear_sockets, endpoint)  # libzmq leaves the files
         arena = Arena.create(claim_segment(endpoint), reserve=config.reserve, commit_limit=config.commit_limit)
         manager = HeapManager(arena, clock=time.monotonic_ns, limits=Limits(sessions=config.max_sessions))
         stack.callback(manager.shutdown)
@@ -64,8 +63,8 @@ def serve(config: Config) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
         gates = (
-            Gate(context, endpoint.control, config),
-            Gate(context, endpoint.work, config),
+            Gate(context, endpoint.control_path, config),
+            Gate(context, endpoint.work_path, config),
         )
         ends = socket.socketpair()
         for end in ends:

@@ -181,7 +181,7 @@ class Loop:
             self._service.counters["replies_undeliverable"] += 1
 
     def _refuse_parts(self, gate: Gate, address: bytes) -> bool:
-        """Discard the rest of a message of several frames, answer it, cut a flood off.
+        """Discard the rest of a message of several frames and answer it, or cut its sender off if there were many.
 
         Returns: False if the gate had to be renewed: its old socket is gone.
         """
@@ -196,10 +196,11 @@ class Loop:
         else:
             self._renew_gates("a message of more than %d parts", _DISCARDED_PARTS)
             return False
-        self._send(gate.socket, address, encode_error(0, MessageError("a request is one frame, not several")))
         if count >= _TOLERATED_PARTS and connection is not None:
-            cut_off(connection)
+            cut_off(connection)  # an answer would not get out before it
             self._service.counters["peers_cut_off"] += 1
+        else:
+            self._send(gate.socket, address, encode_error(0, MessageError("a request is one frame, not several")))
         return True
 
     # -- the control socket ------------------------------------------------------------------------------------------

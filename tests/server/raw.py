@@ -31,12 +31,14 @@ ZMTP_GREETINGS = {
 class Dealer:
     """One DEALER socket of its own context."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, identity: bytes = b"") -> None:
         self.address = address
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.reconnect_ivl = 10
+        if identity:
+            self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(address)
 
     def send(self, *parts: bytes) -> None:
@@ -165,6 +167,16 @@ def zmtp3_connect(endpoint: str | Endpoint, which: str = "work") -> socket.socke
     header = _receive(peer, 2)
     _receive(peer, header[1])
     return peer
+
+
+def is_cut_off(peer: socket.socket) -> bool:
+    """Wait until the daemon closes the connection, passing over what it still sends; fails after the timeout."""
+    try:
+        while peer.recv(4096):
+            pass
+    except ConnectionResetError:  # it had not read everything
+        pass
+    return True
 
 
 def zmtp3_frame(frame: bytes, *, more: bool = False) -> bytes:
