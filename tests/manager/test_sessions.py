@@ -91,7 +91,7 @@ def reuse_all_numbers(manager: HeapManager) -> set[int]:
 def test_a_number_that_orphans_bear_is_not_used_again(
     client: Client, other: Client, new_client: NewClient, manager: HeapManager
 ) -> None:
-    """Else the block would seem to be the new session's. When the orphan is freed, the next reap of the heap shows it."""
+    """Else the block would seem to be the new session's. Once it is freed, the next reap of its heap finds out."""
     watcher, heap = new_client(), client.create("x")
     other.open("x"), watcher.open("x")
     block = client.alloc(heap, 100)
