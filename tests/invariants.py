@@ -140,7 +140,7 @@ def check_manager(manager: HeapManager) -> None:
             assert session is not None
             assert session.heaps.get(shared.heap_id) is shared
         assert not shared.is_destroyed
-        assert not list(manager._controls.violations(shared.heap_id, shared.flags))
+        assert not list(manager._directory.controls.violations(shared.heap_id, shared.flags))
     for session in sessions:
         assert all(manager.heaps.get(heap_id) is shared for heap_id, shared in session.heaps.items())
         assert session.is_live == sessions.is_live(session.number)

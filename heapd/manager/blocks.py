@@ -1,0 +1,140 @@
+"""Operations on the blocks of a heap: allocate, resize, free, lend and take back."""
+
+from __future__ import annotations
+
+from heapd.errors import HeapDestroyedError, HeapFullError, InvalidArgumentError, NotABlockError
+from heapd.heap import SLICE_BYTES
+from heapd.manager.directory import Directory, Job
+from heapd.manager.sessions import Session
+from heapd.manager.shared import SharedHeap
+from heapd.records import Grant
+from heapd.wire import messages as m
+
+__all__ = ["BlockOperations"]
+
+_WORDS_A_SLICE = 5_000
+
+
+class BlockOperations:
+    """Each public method is one request's handler."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def alloc(self, session: Session, request: m.HeapAlloc) -> Grant | Job:
+        shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
+        if request.size > SLICE_BYTES:
+            return self._alloc_large(session, shared, request.size)
+        return shared.heap.alloc(request.size, session.number)
+
+    def _alloc_large(self, session: Session, shared: SharedHeap, size: int) -> Job:
+        grant = yield from shared.heap.alloc_in_slices(size, session.number)
+        if not session.is_live and not shared.is_destroyed:
+            # The session ended while its block was committed: nobody will ever hear of the block.
+            shared.heap.free(grant.address, grant.generation)
+            yield from self._directory.settle()
+        return grant
+
+    def alloc_many(self, session: Session, request: m.HeapAllocMany) -> list[Grant] | Job:
+        shared = self._directory.locate(session, request.heap)
+        sizes = request.sizes
+        for size in sizes:
+            shared.heap.check_size(size)
+        if sum(sizes) > SLICE_BYTES:
+            return self._alloc_many_large(session, shared, sizes)
+        grants: list[Grant] = []
+        try:
+            for size in sizes:
+                grants.append(shared.heap.alloc(size, session.number))
+        except HeapFullError:
+            self._undo(shared, grants)
+            raise
+        return grants
+
+    def _alloc_many_large(self, session: Session, shared: SharedHeap, sizes: list[int]) -> Job:
+        grants: list[Grant] = []
+        spent = 0
+        try:
+            for size in sizes:
+                if size > SLICE_BYTES:
+                    grants.append((yield from shared.heap.alloc_in_slices(size, session.number)))
+                else:
+                    grants.append(shared.heap.alloc(size, session.number))
+                    spent += size
+                    if spent > SLICE_BYTES:
+                        spent = 0
+                        yield
+                if shared.is_destroyed:
+                    raise HeapDestroyedError("the heap was destroyed while the blocks were allocated")
+        except HeapFullError:
+            self._undo(shared, grants)
+            raise
+        if not session.is_live and not shared.is_destroyed:
+            self._undo(shared, grants)
+        return grants
+
+    @staticmethod
+    def _undo(shared: SharedHeap, grants: list[Grant]) -> None:
+        for grant in grants:
+            shared.heap.free(grant.address, grant.generation)
+
+    def resize(self, session: Session, request: m.HeapResize) -> Grant | Job:
+        shared = self._directory.locate(session, request.heap)
+        try:
+            grant = shared.heap.resize(
+                request.address, request.generation, request.size, in_place_only=request.in_place_only
+            )
+        except NotABlockError as error:
+            raise self._directory.explain(shared, request.address, error) from None
+        return grant if self._directory.arena.is_settled else self._directory.settle_then(grant)
+
+    def free(self, session: Session, request: m.HeapFree) -> Job | None:
+        shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
+        try:
+            shared.heap.free(request.address, request.generation)
+        except NotABlockError as error:
+            raise self._directory.explain(shared, request.address, error) from None
+        return None if self._directory.arena.is_settled else self._directory.settle_then(None)
+
+    def free_many(self, session: Session, request: m.HeapFreeMany) -> Job | None:
+        shared = self._directory.locate(session, request.heap)
+        if len(request.blocks) % 2:
+            raise InvalidArgumentError("blocks are pairs of address and generation; one is incomplete")
+        pairs = list(zip(request.blocks[::2], request.blocks[1::2], strict=True))
+        if len({address for address, _ in pairs}) != len(pairs):
+            raise InvalidArgumentError("a block is named twice in one free_many; nothing was freed")
+        for address, generation in pairs:
+            try:
+                shared.heap.check_free(address, generation)
+            except NotABlockError as error:
+                raise self._directory.explain(shared, address, error) from None
+        for address, generation in pairs:
+            shared.heap.free(address, generation)
+        return None if self._directory.arena.is_settled else self._directory.settle_then(None)
+
+    def lease(self, session: Session, request: m.HeapLease) -> list[Grant]:
+        shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
+        if request.size * request.count > SLICE_BYTES:
+            raise InvalidArgumentError(
+                f"a lease of {request.count} blocks of {request.size} bytes is too large at once"
+            )
+        return shared.heap.lease(request.size, request.count, session.number)
+
+    def give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
+        shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
+        if request.everything:
+            return self._give_back_all(session, shared)
+        taken = sum(shared.heap.give_back(address, session.number) for address in request.addresses)
+        return taken if self._directory.arena.is_settled else self._directory.settle_then(taken)
+
+    def _give_back_all(self, session: Session, shared: SharedHeap) -> Job:
+        taken = 0
+        for seen, (_, address) in enumerate(shared.heap.lent_slots(), 1):
+            taken += shared.heap.give_back(address, session.number)
+            if seen % _WORDS_A_SLICE == 0:
+                yield
+                if shared.is_destroyed:
+                    return taken
+        shared.heap.drop_empty_slabs()
+        yield from self._directory.settle()
+        return taken

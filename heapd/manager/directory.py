@@ -1,0 +1,89 @@
+"""The heaps there are, by id, name and control index, with the sessions that have them open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from heapd.arena import Arena
+from heapd.errors import HeapdError, HeapDestroyedError, NoSuchHeapError, NotABlockError, WrongHeapError
+from heapd.manager.names import WaitingRoom
+from heapd.manager.sessions import Session, Sessions
+from heapd.manager.shared import Controls, SharedHeap
+from heapd.records import as_tuple
+
+__all__ = ["Directory", "Job", "Limits"]
+
+Job = Generator[None, None, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Counts no client can pass: sessions, heaps, names in one heap, waiters of one session. All arbitrary."""
+
+    sessions: int = 4096
+    heaps: int = 8192
+    names: int = 65_536
+    waiters: int = 1024
+
+
+class Directory:
+    """What every operation needs to find its heap and its block.
+
+    Fields: arena, limits, clock (ns), sessions, heaps (by id, in order of birth), by_name, by_index (control index),
+    controls, room (who waits for a name).
+    """
+
+    def __init__(self, arena: Arena, limits: Limits, clock: Callable[[], int]) -> None:
+        self.arena = arena
+        self.limits = limits
+        self.clock = clock
+        self.sessions = Sessions(limits.sessions)
+        self.heaps: dict[int, SharedHeap] = {}
+        self.by_name: dict[str, SharedHeap] = {}
+        self.by_index: dict[int, SharedHeap] = {}
+        self.controls = Controls(arena)
+        self.room = WaitingRoom()
+
+    @staticmethod
+    def join(session: Session, shared: SharedHeap) -> None:
+        session.heaps[shared.heap_id] = shared
+        shared.openers.add(session.number)
+
+    def info(self, shared: SharedHeap) -> tuple[Any, ...]:
+        return as_tuple(shared.info(self.controls.epoch(shared.heap_id), self.sessions.is_live(shared.creator)))
+
+    def locate(self, session: Session, heap_id: int) -> SharedHeap:
+        """A heap that the session has open."""
+        shared = session.heaps.get(heap_id)
+        if shared is None:
+            if heap_id in self.heaps:
+                raise NoSuchHeapError(f"heap {heap_id} is not open in this session; open it first")
+            raise self.no_heap(heap_id)
+        return shared
+
+    def no_heap(self, heap_id: int) -> HeapdError:
+        if self.controls.was_used(heap_id):
+            return HeapDestroyedError(f"heap {heap_id} was destroyed")
+        return NoSuchHeapError(f"there is no heap {heap_id}")
+
+    def explain(self, shared: SharedHeap, address: int, error: NotABlockError) -> HeapdError:
+        """Say more about an address that is no block of the heap."""
+        if shared.heap.owns(address):
+            return error
+        for other in self.heaps.values():
+            if other.heap.owns(address):
+                name = repr(other.name) if other.name else other.heap_id
+                return WrongHeapError(f"the address {address:#x} lies in heap {name}, not in this one")
+        return NotABlockError(f"the address {address:#x} lies in no heap")
+
+    def settle(self) -> Job:
+        """Decommit what was released, in slices."""
+        while not self.arena.is_settled:
+            self.arena.settle()
+            yield
+
+    def settle_then(self, answer: Any) -> Job:
+        yield from self.settle()
+        return answer

@@ -1,0 +1,85 @@
+"""Operations on names: publish, look up, wait, unpublish, list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heapd.errors import HeapdError, LimitError, NoSuchNameError, NotABlockError
+from heapd.manager.directory import Directory
+from heapd.manager.names import Waiter
+from heapd.manager.sessions import Session
+from heapd.manager.shared import SharedHeap
+from heapd.records import Publication, as_tuple
+from heapd.wire import messages as m
+
+__all__ = ["NameOperations"]
+
+
+class NameOperations:
+    """Each public method is one request's handler."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def publish(self, session: Session, request: m.NamePublish) -> None:
+        shared = self._directory.locate(session, request.heap)
+        try:
+            shared.heap.check_free(request.address, request.generation)
+        except NotABlockError as error:
+            raise self._directory.explain(shared, request.address, error) from None
+        if len(shared.names) >= self._directory.limits.names and request.block_name not in shared.names:
+            raise LimitError(f"the heap has {len(shared.names)} names, the limit", limit=self._directory.limits.names)
+        _, _, slot = shared.heap.locate(request.address)
+        shared.names[request.block_name] = slot, request.address, request.generation
+        publication = self._publication(shared, request.block_name)
+        assert publication is not None
+        self._directory.room.publish(shared.heap_id, request.block_name, publication)
+
+    def _publication(self, shared: SharedHeap, name: str) -> Publication | None:
+        """What a name stands for; None, and the name is forgotten, if its block was freed."""
+        entry = shared.names.get(name)
+        if entry is None:
+            return None
+        slot, address, generation = entry
+        form = self._directory.arena.shape.word_format(slot)
+        try:
+            shared.heap.check_free(address, generation)
+        except HeapdError:
+            del shared.names[name]
+            return None
+        return Publication(name, slot, address, generation, form.size(self._directory.arena.words[slot]))
+
+    def lookup(self, session: Session, request: m.NameLookup) -> tuple[Any, ...] | Waiter:
+        shared = self._directory.locate(session, request.heap)
+        publication = self._publication(shared, request.block_name)
+        if publication is not None:
+            return as_tuple(publication)
+        if not request.timeout_ms:
+            raise NoSuchNameError(f"nothing is published as {request.block_name!r} in this heap")
+        if session.waiters >= self._directory.limits.waiters:
+            raise LimitError(
+                f"the session waits for {session.waiters} names, the limit", limit=self._directory.limits.waiters
+            )
+        waiter = Waiter(
+            session, shared.heap_id, request.block_name, self._directory.clock() + request.timeout_ms * 1_000_000
+        )
+        self._directory.room.add(waiter)
+        return waiter
+
+    def unpublish(self, session: Session, request: m.NameUnpublish) -> None:
+        shared = self._directory.locate(session, request.heap)
+        if shared.names.pop(request.block_name, None) is None:
+            raise NoSuchNameError(f"nothing is published as {request.block_name!r} in this heap")
+
+    def list_names(self, session: Session, request: m.NameList) -> list[tuple[Any, ...]]:
+        shared = self._directory.locate(session, request.heap)
+        found: list[tuple[Any, ...]] = []
+        for name in sorted(shared.names):
+            if request.after is not None and name <= request.after:
+                continue
+            publication = self._publication(shared, name)
+            if publication is not None:
+                found.append(as_tuple(publication))
+            if len(found) == request.limit:
+                break
+        return found
