@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 
@@ -19,6 +19,7 @@ from heapd.wire import Endpoint
 
 __all__ = ["walk"]
 
+_LINES_AT_ONCE = 500  # each echo flushes
 _COLOURS = {
     EntryKind.REGION: "white",
     EntryKind.BUSY: "blue",
@@ -49,7 +50,7 @@ def walk(heap: str, limit: int, as_json: bool, endpoint: Endpoint) -> None:
             _print_lines(entries)
 
 
-def _print_json(entries: Iterable[Entry]) -> None:
+def _print_json(entries: Iterator[Entry]) -> None:
     """A JSON array, one entry a line."""
     click.echo("[", nl=False)
     for index, entry in enumerate(entries):
@@ -58,20 +59,21 @@ def _print_json(entries: Iterable[Entry]) -> None:
     click.echo("\n]")
 
 
-def _print_lines(entries: Iterable[Entry]) -> None:
+def _print_lines(entries: Iterator[Entry]) -> None:
     counts: Counter[EntryKind] = Counter()
     sizes: Counter[EntryKind] = Counter()
     click.echo(f"{'kind':<11} {'address':>12} {'size':>11} {'extent':>11} {'session':>7} {'generation':>10}")
-    for entry in entries:
-        kind = EntryKind(entry.kind)
-        counts[kind] += 1
-        sizes[kind] += entry.extent
-        click.echo(_line(kind, entry))
-    click.echo("".join(f"\n{text}" for text in _sums(counts, sizes)).lstrip("\n"))
+    while chunk := list(islice(entries, _LINES_AT_ONCE)):
+        for entry in chunk:
+            counts[entry.kind] += 1
+            sizes[entry.kind] += entry.extent
+        click.echo("\n".join(map(_line, chunk)))
+    click.echo("\n".join(_sums(counts, sizes)))
 
 
-def _line(kind: EntryKind, entry: Entry) -> str:
+def _line(entry: Entry) -> str:
     """Sizes in bytes, as they are; what is not there stays blank."""
+    kind = entry.kind
     session = str(entry.session) if entry.session else ""
     generation = str(entry.generation) if entry.generation else ""
     text = f"{kind.name.lower():<11} {entry.address:>#12x} {entry.size:>11} {entry.extent:>11}"
