@@ -60,7 +60,7 @@ def _slab_shape(extent: int, page_count: int) -> tuple[int, int, int]:
     """
     alignment = 64 if extent >= 64 else 16
     count = (page_count * PAGE_SIZE - _WORD) // (extent + _WORD)
-    while count and align_up(_WORD + count * _WORD, alignment) + count * extent > page_count * PAGE_SIZE:
+    while align_up(_WORD + count * _WORD, alignment) + count * extent > page_count * PAGE_SIZE:
         count -= 1
     first = align_up(_WORD + count * _WORD, alignment)
     return count, first, pages_for(first + count * extent) * PAGE_SIZE
@@ -98,8 +98,9 @@ CLASSES: tuple[SizeClass, ...] = _build()
 CLASS_COUNT = len(CLASSES)
 
 # Class of each request in units of 16 bytes: _BY_UNIT[(size + 15) >> 4]; a bytes lookup beats bisect by 4 x.
-_BY_UNIT = bytes(
-    next(entry.index for entry in CLASSES if entry.extent >= unit * 16) for unit in range(MAX_CLASS_SIZE // 16 + 1)
+_BY_UNIT = b"\0" + b"".join(
+    bytes([entry.index]) * ((entry.extent - (CLASSES[entry.index - 1].extent if entry.index else 0)) // 16)
+    for entry in CLASSES
 )
 
 

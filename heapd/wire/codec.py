@@ -27,10 +27,8 @@ from heapd.errors import (
     error_to_wire,
 )
 from heapd.wire.messages import (
-    CONTROL_OPS,
     MAX_BATCH,
     MAX_REQUEST_BYTES,
-    OPS,
     PROTOCOL_VERSION,
     TOKEN_BYTES,
     Items,
@@ -188,7 +186,15 @@ def _shape_of(kind: type[Request]) -> _Shape:
     return _Shape(names, tuple(_check_of(hints[name]) for name in names), required, values)
 
 
-_SHAPES: Final[dict[type[Request], _Shape]] = {kind: _shape_of(kind) for kind in (*CONTROL_OPS.values(), *OPS.values())}
+class _Shapes(dict[type[Request], _Shape]):
+    """Shapes by class, each made when it is first needed: to make them all takes longer than to import the rest."""
+
+    def __missing__(self, kind: type[Request]) -> _Shape:
+        shape = self[kind] = _shape_of(kind)
+        return shape
+
+
+_SHAPES: Final = _Shapes()
 
 
 # -- requests --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ daemon's two sockets and its lock file lie in the directory, beside each other:
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -120,7 +120,7 @@ class Endpoint:
     @property
     def unique_segment(self) -> str:
         """The segment's name with the directory's hash, whichever directory it is."""
-        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:8]
+        digest = f"{zlib.crc32(os.fsencode(self.directory)):08x}"
         return f"heapd-{self.name}-{digest}"
 
 
