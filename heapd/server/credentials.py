@@ -161,16 +161,26 @@ def is_dead(pidfd: int) -> bool:
 def cut_off(connection: int) -> None:
     """Shut a connection down from this side; libzmq then drops it with all that is buffered for it."""
     try:
-        with socket.socket(fileno=os.dup(connection)) as peer:
+        with _borrow(connection) as peer:
             peer.shutdown(socket.SHUT_RDWR)
     except OSError as error:
         log.debug("cutting off: %s", error)
 
 
+def _borrow(connection: int) -> socket.socket:
+    """A duplicate of libzmq's descriptor as a socket. Raises: OSError if it is closed or no socket by now."""
+    duplicate = os.dup(connection)
+    try:
+        return socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
+
+
 def _pidfd_of_connection(connection: int, pid: int) -> int | None:
     """A pidfd of the process that made the connection, None where the kernel gives none or it is not `pid`'s."""
     try:
-        with socket.socket(fileno=os.dup(connection)) as peer:
+        with _borrow(connection) as peer:
             # libzmq may have closed the connection, and the number may stand for another by now.
             if _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0] != pid:
                 return None

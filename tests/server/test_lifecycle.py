@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import heapd.wire as heapd_wire
 from heapd.errors import SegmentError
 from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
 from heapd.server.credentials import start_time_of
@@ -21,7 +22,7 @@ from heapd.wire import Endpoint
 from heapd.wire.messages import HeapDestroy, HeapOpen, SessionClose
 from tests.conftest import StartDaemon
 from tests.harness import Daemon, unique_name, wait_until
-from tests.server.raw import RawSession, connect_raw, status
+from tests.server.raw import RawSession, connect_raw, hello, status
 
 SHM = Path("/dev/shm")
 
@@ -305,3 +306,12 @@ def test_latency_figures_count_requests(daemon: Daemon) -> None:
     wait_until(lambda: status(daemon.endpoint)["requests"] == 21)
     answer = status(daemon.endpoint)
     assert 0 < answer["rpc_median_us"] <= answer["rpc_p99_us"] < 1e6
+
+
+def test_hello_and_status_are_documented_key_by_key(daemon: Daemon) -> None:
+    """PROTOCOL.md lists every key that they answer."""
+    document = (Path(heapd_wire.__file__).parent / "PROTOCOL.md").read_text()
+    listed = {name for line in document.splitlines() if line[:2] == "| " for name in line.split("|")[1].split(", ")}
+    documented = {name.strip() for name in listed}
+    assert set(hello(daemon.endpoint)) <= documented
+    assert set(status(daemon.endpoint)) <= documented
