@@ -165,7 +165,8 @@ class ArenaStatistics:
     """Bytes of the arena: size = tables_reserved + reserved + unreserved; committed = tables + heaps.
 
     Fields, in bytes: size; unreserved (no heap's); reserved (by regions); committed (now, in all); tables
-    (committed by header, control blocks, page map); heaps (committed in regions); commit_limit; peak_committed.
+    (committed by header, control blocks, page map); heaps (committed in regions, or released and not given back to the
+    system yet); commit_limit; peak_committed.
     Counts: heap_count, session_count.
     """
 

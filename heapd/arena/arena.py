@@ -325,16 +325,17 @@ class Arena:
         self.words[H_COMMITTED] = self.budget.committed
         self.words[H_RESERVED] = self.reserved
 
-    def statistics(self, heaps_committed: int, heap_count: int, session_count: int) -> ArenaStatistics:
+    def statistics(self, heap_count: int, session_count: int) -> ArenaStatistics:
         tables = self.shape.first_page << PAGE_SHIFT
+        committed_tables = self.committed_in(0, self.shape.first_page) << PAGE_SHIFT
         return ArenaStatistics(
             size=self.shape.size,
             tables_reserved=tables,
             reserved=self.reserved,
             unreserved=self.shape.size - tables - self.reserved,
             committed=self.budget.committed,
-            tables=self.committed_in(0, self.shape.first_page) << PAGE_SHIFT,
-            heaps=heaps_committed,
+            tables=committed_tables,
+            heaps=self.budget.committed - committed_tables,
             commit_limit=self.budget.limit,
             peak_committed=self.budget.peak,
             heap_count=heap_count,

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from heapd.errors import HeapDestroyedError, HeapFullError, InvalidArgumentError, NotABlockError
+from contextlib import suppress
+
+from heapd.errors import (
+    DoubleFreeError,
+    HeapDestroyedError,
+    HeapFullError,
+    InvalidArgumentError,
+    NotABlockError,
+    StaleHandleError,
+)
 from heapd.heap import SLICE_BYTES
 from heapd.manager.directory import Directory, Job
 from heapd.manager.sessions import Session
@@ -28,7 +37,11 @@ class BlockOperations:
         return shared.heap.alloc(request.size, session.number)
 
     def _alloc_large(self, session: Session, shared: SharedHeap, size: int) -> Job:
-        grant = yield from shared.heap.alloc_in_slices(size, session.number)
+        try:
+            grant = yield from shared.heap.alloc_in_slices(size, session.number)
+        except HeapFullError:
+            yield from self._directory.settle()
+            raise
         if not session.is_live and not shared.is_destroyed:
             # The session ended while its block was committed: nobody will ever hear of the block.
             shared.heap.free(grant.address, grant.generation)
@@ -68,15 +81,19 @@ class BlockOperations:
                     raise HeapDestroyedError("the heap was destroyed while the blocks were allocated")
         except HeapFullError:
             self._undo(shared, grants)
+            yield from self._directory.settle()
             raise
         if not session.is_live and not shared.is_destroyed:
             self._undo(shared, grants)
+            yield from self._directory.settle()
         return grants
 
     @staticmethod
     def _undo(shared: SharedHeap, grants: list[Grant]) -> None:
+        """Free what nobody was told of; some may be gone: reaped, or found by a walk and freed."""
         for grant in grants:
-            shared.heap.free(grant.address, grant.generation)
+            with suppress(NotABlockError, DoubleFreeError, StaleHandleError):
+                shared.heap.free(grant.address, grant.generation)
 
     def resize(self, session: Session, request: m.HeapResize) -> Grant | Job:
         shared = self._directory.locate(session, request.heap)

@@ -38,7 +38,7 @@ from heapd.manager.naming import NameOperations
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
 from heapd.records import as_tuple
-from heapd.units import KIB, MIB, PAGE_SHIFT
+from heapd.units import KIB, MIB
 from heapd.wire import messages as m
 
 __all__ = ["HeapManager", "Job", "Limits"]
@@ -162,8 +162,7 @@ class HeapManager:
         return [as_tuple(s.info(now)) for s in self.sessions if request.pid in (0, s.pid)]
 
     def _arena_statistics(self, session: Session, request: m.ArenaStatisticsGet) -> tuple[Any, ...]:
-        committed = sum(shared.heap.space.committed for shared in self.heaps.values()) << PAGE_SHIFT
-        return as_tuple(self.arena.statistics(committed, len(self.heaps), len(self.sessions)))
+        return as_tuple(self.arena.statistics(len(self.heaps), len(self.sessions)))
 
     def _reclaim(self, session: Session, request: m.ArenaReclaim) -> None:
         for heap_id in self.heaps:

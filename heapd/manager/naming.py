@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
-from heapd.errors import HeapdError, LimitError, NoSuchNameError, NotABlockError
+from heapd.errors import HeapdError, LimitError, NoSuchNameError, NotABlockError, StaleHandleError
 from heapd.manager.directory import Directory
 from heapd.manager.names import Waiter
 from heapd.manager.sessions import Session
@@ -13,6 +14,8 @@ from heapd.records import Publication, as_tuple
 from heapd.wire import messages as m
 
 __all__ = ["NameOperations"]
+
+_LOOK_AT = 1_000  # arbitrary: about 1 ms
 
 
 class NameOperations:
@@ -28,12 +31,22 @@ class NameOperations:
         except NotABlockError as error:
             raise self._directory.explain(shared, request.address, error) from None
         if len(shared.names) >= self._directory.limits.names and request.block_name not in shared.names:
+            self._forget_some(shared)
+        if len(shared.names) >= self._directory.limits.names and request.block_name not in shared.names:
             raise LimitError(f"the heap has {len(shared.names)} names, the limit", limit=self._directory.limits.names)
         _, _, slot = shared.heap.locate(request.address)
         shared.names[request.block_name] = slot, request.address, request.generation
         publication = self._publication(shared, request.block_name)
-        assert publication is not None
+        if publication is None:  # its word has changed since it was checked: clients write it
+            raise StaleHandleError(f"the block at {request.address:#x} was freed while it was published")
         self._directory.room.publish(shared.heap_id, request.block_name, publication)
+
+    def _forget_some(self, shared: SharedHeap) -> None:
+        """Forget names whose block was freed, among the oldest; those that stay count as new, so that the next call
+        looks at others."""
+        for name in list(islice(shared.names, _LOOK_AT)):
+            if self._publication(shared, name) is not None:
+                shared.names[name] = shared.names.pop(name)
 
     def _publication(self, shared: SharedHeap, name: str) -> Publication | None:
         """What a name stands for; None, and the name is forgotten, if its block was freed."""
