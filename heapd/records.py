@@ -47,8 +47,7 @@ class EntryKind(IntEnum):
     OVERHEAD = 6  # slab heads and the rest that is too small for a block
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One element of a walk; the entries after a REGION tile it, without gap or overlap, in address order.
 
     Fields:

@@ -47,6 +47,7 @@ __all__ = ["Heap"]
 
 _LOOKUP_SLICE_S: Final = 10.0  # longest wait that one request asks of the daemon
 _LOOKUP_RETRIES: Final = 100  # arbitrary: a name replaced as often between question and look is not looked up
+_KINDS: Final = {int(kind): kind for kind in EntryKind}
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
 _NAMES_PAGE: Final = 500
 
@@ -289,8 +290,9 @@ class Heap(HeapCore):
             with self._hold():
                 self._count()
                 entries, cursor = self.session.call(ask.HeapWalk(self.id, cursor, _WALK_PAGE))
-            for kind, *rest in entries:
-                yield Entry(EntryKind(kind), *rest)
+            for fields in entries:
+                fields[0] = _KINDS[fields[0]]
+                yield Entry._make(fields)
             if not cursor:
                 return
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import islice
 
 import click
@@ -54,7 +53,7 @@ def _print_json(entries: Iterator[Entry]) -> None:
     """A JSON array, one entry a line."""
     click.echo("[", nl=False)
     for index, entry in enumerate(entries):
-        plain = asdict(entry) | {"kind": EntryKind(entry.kind).name.lower()}
+        plain = entry._asdict() | {"kind": EntryKind(entry.kind).name.lower()}
         click.echo((",\n " if index else "\n ") + json.dumps(plain), nl=False)
     click.echo("\n]")
 

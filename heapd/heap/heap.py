@@ -278,8 +278,6 @@ class Heap:
             slab.take_back(index)
             if not slab.lent_count:
                 self._park(slab)
-        if self.allocations == self.releases and self._parked:
-            self.drop_empty_slabs()  # nothing is lent: be as a heap just made
 
     def _park(self, slab: Slab) -> None:
         """Keep an empty slab if it is a small one and its class's only slab with room, else drop it. Making one costs
@@ -288,6 +286,11 @@ class Heap:
             self._parked[slab.kind.index] = slab
         else:
             self._drop_slab(slab)
+
+    def tidy(self) -> None:
+        """For who looks at the heap: with nothing lent it is as a heap just made, without parked slabs."""
+        if self.allocations == self.releases:
+            self.drop_empty_slabs()
 
     def drop_empty_slabs(self) -> bool:
         """Give the pages of slabs without any block back; False if there was none."""

@@ -67,6 +67,7 @@ def collect_statistics(heap: Heap, is_live: IsLive) -> Generator[None, None, Hea
 
     A piece (slab, run, region's spare pages) that comes or goes meanwhile is counted wholly or not at all.
     """
+    heap.tidy()
     sums = _Sums()
     seen = 0
     for slab in list(heap.slabs.values()):

@@ -34,6 +34,8 @@ def walk(heap: Heap, cursor: int, limit: int, is_live: IsLive) -> tuple[list[Ent
     Returns: the entries, and the cursor of the entry after them, 0 at the end. A heap that changes between two calls
              is walked as it is at each of them; a block that is there all the time is told exactly once.
     """
+    if cursor == 0:
+        heap.tidy()
     entries: list[Entry] = []
     regions = heap.space.in_order()
     at, offset = _find(regions, cursor)

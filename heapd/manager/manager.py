@@ -294,7 +294,7 @@ class HeapManager:
     def _walk(self, session: Session, request: m.HeapWalk) -> list[Any]:
         shared = self._directory.locate(session, request.heap)
         entries, cursor = walk(shared.heap, request.cursor, request.limit, self.sessions.is_live)
-        return [[as_tuple(entry) for entry in entries], cursor]
+        return [entries, cursor]
 
     def _validate(self, session: Session, request: m.HeapValidate) -> list[tuple[Any, ...]] | Job:
         shared = self._directory.locate(session, request.heap)
