@@ -23,7 +23,7 @@ from heapd.workloads.private import private_daemon, terminations_raise
 
 __all__ = ["Benchmark", "Figure", "daemon", "percentiles"]
 
-_RESULTS = Path(__file__).parent / "results"
+_RESULTS = Path(os.environ.get("HEAPD_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Benchmark:
         return table
 
     def _write(self) -> Path:
-        _RESULTS.mkdir(exist_ok=True)
+        _RESULTS.mkdir(parents=True, exist_ok=True)
         path = _RESULTS / f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
         figures = [asdict(figure) | {"passes": figure.passes} for figure in self.figures]
         path.write_text(json.dumps(asdict(self) | {"figures": figures}, indent=1) + "\n")
