@@ -77,7 +77,8 @@ class SharedHeap:
 
 class Controls:
     """The control blocks: which are in use; ids of heaps; live words. A block's mutex is initialised once, for good:
-    its page is never punched, and a client may still hold it when the heap is gone."""
+    its page is never punched, and a client may still hold it when the heap is gone. Epochs are counted in private: the
+    live word is there for others to read."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -85,6 +86,7 @@ class Controls:
         self._unused: list[int] = []  # given back, most recent last
         self._next_index = 0
         self._next_serial = 1
+        self._epochs: list[int] = []  # by index, over all the heaps that used the control block
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(arena.segment.mapping))
 
     def take(self) -> int:
@@ -100,6 +102,7 @@ class Controls:
             self._arena.prepare_control(index)
             init(self._base + self._arena.shape.mutex_address(index))
             self._next_index += 1
+            self._epochs.append(0)
         heap_id = self._next_serial << HEAP_INDEX_BITS | index
         self._next_serial += 1
         return heap_id
@@ -115,20 +118,21 @@ class Controls:
         words[slot + C_FLAGS] = flags
         for counter in (C_ACQUIRED, C_CONTENDED, C_WAITED_NS, C_RECOVERED, C_HOLDER):
             words[slot + counter] = 0
-        words[slot + C_LIVE] = (words[slot + C_LIVE] | 1) + 2
+        self.bump(heap_id)
 
     def epoch(self, heap_id: int) -> int:
-        live: int = self._arena.words[self._slot(heap_id) + C_LIVE]
-        return live >> 1
+        return self._epochs[heap_id & _INDEX_MASK]
 
     def bump(self, heap_id: int) -> None:
         """Make every front end look up at its next operation."""
-        self._arena.words[self._slot(heap_id) + C_LIVE] += 2
+        self._epochs[heap_id & _INDEX_MASK] += 1
+        self._arena.words[self._slot(heap_id) + C_LIVE] = self.epoch(heap_id) << 1 | 1
 
     def release(self, heap_id: int) -> None:
         """The heap is gone: its live word says so first."""
         words, slot = self._arena.words, self._slot(heap_id)
-        words[slot + C_LIVE] = (words[slot + C_LIVE] & ~1) + 2
+        self._epochs[heap_id & _INDEX_MASK] += 1
+        words[slot + C_LIVE] = self.epoch(heap_id) << 1
         words[slot + C_HEAP_ID] = 0
         self._unused.append(heap_id & _INDEX_MASK)
 
@@ -139,8 +143,9 @@ class Controls:
         if words[slot + C_HEAP_ID] != heap_id:
             detail = f"the control block names heap {words[slot + C_HEAP_ID]}, not {heap_id}"
             yield Violation("control-block", address, 0, detail)
-        if not words[slot + C_LIVE] & 1:
-            yield Violation("control-block", address, 0, "the live word of a living heap says that it is gone")
+        if words[slot + C_LIVE] != self.epoch(heap_id) << 1 | 1:
+            detail = f"the live word is {words[slot + C_LIVE]:#x}; the heap lives, in epoch {self.epoch(heap_id)}"
+            yield Violation("control-block", address, 0, detail)
         if words[slot + C_FLAGS] != flags:
             detail = f"the flags are {words[slot + C_FLAGS]:#x}, the heap was made with {flags:#x}"
             yield Violation("control-block", address, 0, detail)
