@@ -259,15 +259,19 @@ def decode_request(frame: bytes, ops: Mapping[int, type[Request]]) -> Envelope:
 def _build(kind: type[Request], values: list[Any], request_id: int) -> Request:
     """The message of class `kind` from its fields; extra ones are a newer client's, missing ones have defaults."""
     shape = _SHAPES[kind]
-    if len(values) < shape.required:
-        raise MessageError(
-            f"{kind.name}: {shape.required} fields are needed, {len(values)} came", request_id=request_id
-        )
-    for check, value in zip(shape.checks, values, strict=False):
-        if (fault := check(value)) is not None:
+    checks = shape.checks
+    if len(values) != len(checks):
+        if len(values) < shape.required:
+            raise MessageError(
+                f"{kind.name}: {shape.required} fields are needed, {len(values)} came", request_id=request_id
+            )
+        del values[len(checks) :]
+    for check, value in zip(checks, values):  # noqa: B905 - missing ones have defaults
+        fault = check(value)
+        if fault is not None:
             name = shape.name_of_fault(values)
             raise MessageError(f"{kind.name}: {name}: {fault}", request_id=request_id, field=name)
-    return kind(*values[: len(shape.checks)])
+    return kind(*values)
 
 
 def _version_error(version: object, request_id: int) -> HeapdError:
