@@ -17,7 +17,7 @@ from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import BlockTooLargeError, DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
-from heapd.layout import BUSY, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.layout import BUSY, H_COMMITTED, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, class_index
 from heapd.units import KIB, MIB, PAGE_SHIFT, pages_for
 from heapd.wire import messages as ask
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 __all__ = ["FrontEnd"]
 
 # All arbitrary, chosen by scripts/bench alloc, frames and trace: more caches cost memory, less cost round trips.
-_FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before
-_FREE_CACHE: Final = 16 * KIB  # a bin may hold this much, or two blocks
-_SHARE: Final = 8
-_BIN_CACHE: Final = 8 * MIB  # the most a bin of a size class holds
-_LARGE_CACHE: Final = 64 * MIB  # the most that a bin of runs of more than 64 KiB holds
-_TOTAL_CACHE: Final = 64 * MIB  # the most that all bins of the front end may hold together
+_FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before;
+_SHARE: Final = 8  # beyond, it is this part of the blocks that the bin leased so far
+_CACHE_FLOOR: Final = 1 * MIB  # the bins of size classes together may hold this much ...
+_CACHE_SHIFT: Final = 5  # ... or 1/32 of what the arena has committed
+_LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
+_TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
+_NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
@@ -47,10 +48,10 @@ class Bin:
     """Cached blocks of one extent.
 
     Fields: key, extent (bytes), form (of its state words), size (to ask the daemon for), stack (cached blocks, freed
-    last on top), limit (blocks that free may keep), batch (of the last lease), leased and given_back (blocks, so far).
+    last on top), limit (blocks at which free asks), batch (of the last lease), leased (so far).
     """
 
-    __slots__ = ("batch", "block_type", "extent", "form", "given_back", "key", "leased", "limit", "set_limit", "stack")
+    __slots__ = ("batch", "block_type", "extent", "form", "key", "leased", "limit", "set_limit", "stack")
 
     def __init__(self, key: int, extent: int, form: WordFormat) -> None:
         self.key = key
@@ -62,22 +63,21 @@ class Bin:
         self.limit = 0
         self.batch = 0
         self.leased = 0
-        self.given_back = 0
 
     @property
-    def cap(self) -> int:
-        """Blocks that the bin may hold at the very most."""
-        return max((_LARGE_CACHE if self.key >= _LARGE else _BIN_CACHE) // self.extent, 1)
+    def is_large(self) -> bool:
+        return self.key >= _LARGE
+
+    @property
+    def cached(self) -> int:
+        """Bytes in the bin."""
+        return len(self.stack) * self.extent
 
     def next_batch(self) -> int:
-        """How many blocks to lease now."""
+        """How many blocks to lease now, if there is room for them."""
         doubled = min(self.batch * 2, _FREE_LEASE // self.extent)
         wanted = max(doubled, self.leased // _SHARE, 1)
-        return min(wanted, self.cap, _MAX_BATCH, max(_MAX_LEASE // self.extent, 1))
-
-    def next_limit(self) -> int:
-        """How many blocks free may keep from now on."""
-        return min(max(_FREE_CACHE // self.extent, 2, self.given_back // _SHARE, self.batch), self.cap)
+        return min(wanted, _MAX_BATCH, max(_MAX_LEASE // self.extent, 1))
 
 
 class FrontEnd:
@@ -135,14 +135,17 @@ class FrontEnd:
             new.block_type, new.set_limit, count = make_locked_block_type(*arguments, self._hot_lock)
             self._counts.append(count)
         self._bins[key] = new
-        self._set_limit(new)
+        self._set_limit(new, self._room(new))
         return new
 
-    def _set_limit(self, bin_: Bin) -> None:
-        """Let a bin hold what it has earned, as far as all bins together may."""
-        wanted = bin_.next_limit()
-        others = sum(other.limit * other.extent for other in self._bins.values() if other is not bin_)
-        bin_.limit = max(min(wanted, (_TOTAL_CACHE - others) // bin_.extent), 1)
+    def _room(self, bin_: Bin) -> int:
+        """Bytes that the bins of this one's kind may still take together; negative if they hold too much."""
+        total = _LARGE_CACHE if bin_.is_large else max(_CACHE_FLOOR, self._words[H_COMMITTED] >> _CACHE_SHIFT)
+        return total - sum(other.cached for other in self._bins.values() if other.is_large == bin_.is_large)
+
+    def _set_limit(self, bin_: Bin, room: int) -> None:
+        """Let free push so many blocks more, of the `room` left, before it asks again."""
+        bin_.limit = max(len(bin_.stack) + max(room // _TICKET // bin_.extent, 1), 2)
         bin_.set_limit(bin_.limit)
 
     # -- alloc -------------------------------------------------------------------------------------------------------
@@ -173,14 +176,27 @@ class FrontEnd:
             self._words[block.slot] = word
             return block
 
+    def allocate_cached(self, size: int) -> Block | None:
+        """A block for `size` bytes from its bin; None if that is empty."""
+        with self._lock:
+            bin_ = self._bin_for(size)
+            if not bin_.stack:
+                return None
+            block = self._pop(bin_)
+            if block is not None:
+                block._word = word = block._base + (size or bin_.form.size_mask)
+                self._words[block.slot] = word
+            return block
+
     def _pop(self, bin_: Bin) -> Block | None:
-        """A cached block of the bin, or of the next larger one: that costs at most 1/8 and saves a round trip."""
-        for candidate in (bin_, self._bins.get(bin_.key + 1)):
-            if candidate is not None:
+        """A cached block of the bin, or of a little larger one: that saves a round trip."""
+        for key in range(bin_.key, bin_.key + 1 + _NEIGHBOURS):
+            candidate = self._bins.get(key)
+            if candidate is not None and candidate.stack:
                 try:
                     block: Block = candidate.stack.pop()
                 except IndexError:
-                    continue
+                    continue  # another thread was faster
                 return block if getrefcount(block) == 2 else self._fresh(candidate, block)
         return None
 
@@ -195,7 +211,8 @@ class FrontEnd:
 
     def _lease(self, bin_: Bin, size: int) -> Block:
         """Lease a batch; one block of it, the others are in the bin. Raises: as Heap.alloc."""
-        count = bin_.next_batch()
+        room = self._room(bin_)
+        count = min(bin_.next_batch(), max(room // 2 // bin_.extent, 0) + 1)
         try:
             grants = self._ask(size, count)
         except HeapFullError:
@@ -203,7 +220,6 @@ class FrontEnd:
             grants = self._ask(size, 1)
         bin_.batch = count
         bin_.leased += len(grants)
-        self._set_limit(bin_)
         mapping, executable = self._heap.mapping, self._heap.is_executable
         blocks = []
         for slot, address, generation, extent, _ in grants:
@@ -212,6 +228,7 @@ class FrontEnd:
             blocks.append(self._make(bin_, slot, address, generation))
         first = blocks.pop(0)
         bin_.stack.extend(reversed(blocks))  # lowest addresses on top
+        self._set_limit(bin_, room - bin_.extent * len(blocks))
         return first
 
     def _ask(self, size: int, count: int) -> list[Any]:
@@ -265,20 +282,31 @@ class FrontEnd:
                 self.take_back(block)
 
     def _make_room(self, bin_: Bin) -> None:
-        """Give half of a bin back, oldest first, unless it may hold more by now."""
-        bin_.given_back += max(len(bin_.stack) // 2, 1)
-        self._set_limit(bin_)
-        if len(bin_.stack) >= bin_.limit:
-            self._give_back(bin_, max(len(bin_.stack) // 2, 1))
+        """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""
+        room = self._room(bin_)
+        if room <= bin_.extent:
+            doomed: list[tuple[Bin, list[Any]]] = []
+            bins = [other for other in self._bins.values() if other.is_large == bin_.is_large and other.stack]
+            goal = room + max(sum(other.cached for other in bins) // 4, bin_.extent)
+            for other in sorted(bins, key=lambda other: other.cached, reverse=True):
+                count = (len(other.stack) + 1) // 2
+                doomed.append((other, other.stack[:count]))
+                del other.stack[:count]
+                room += count * other.extent
+                if room >= goal:
+                    break
+            self._give_back(doomed)
+        self._set_limit(bin_, room)
 
-    def _give_back(self, bin_: Bin, count: int) -> None:
-        blocks, bin_.stack[:count] = bin_.stack[:count], []
+    def _give_back(self, doomed: list[tuple[Bin, list[Any]]]) -> None:
+        addresses = [block.address for _, blocks in doomed for block in blocks]
         try:
-            for at in range(0, count, ask.MAX_BATCH):
-                addresses = [block.address for block in blocks[at : at + ask.MAX_BATCH]]
-                self._heap.session.call(ask.HeapGiveBack(self._heap.id, addresses))
+            for at in range(0, len(addresses), ask.MAX_BATCH):
+                part = addresses[at : at + ask.MAX_BATCH]
+                self._heap.session.call(ask.HeapGiveBack(self._heap.id, part))
         except DaemonError:
-            bin_.stack[:0] = blocks  # it will answer again, and not know of what it never heard
+            for bin_, blocks in doomed:
+                bin_.stack[:0] = blocks  # it will answer again, and not know of what it never heard
 
     # -- all of it ---------------------------------------------------------------------------------------------------
     def give_back_all(self) -> None:
@@ -303,12 +331,12 @@ class FrontEnd:
         with old._lock:
             for bin_ in old:
                 new = self._bins.get(bin_.key) or self._add_bin(bin_.key)
-                new.batch, new.leased, new.given_back = bin_.batch, bin_.leased, bin_.given_back
+                new.batch, new.leased = bin_.batch, bin_.leased
                 generation = bin_.form.generation
                 while bin_.stack:
                     block = bin_.stack.pop(0)
                     new.stack.append(self._make(new, block.slot, block.address, generation(block._base)))
-                self._set_limit(new)
+                self._set_limit(new, self._room(new))
             old.abandon()
 
     def take_count(self) -> int:

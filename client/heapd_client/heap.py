@@ -123,18 +123,25 @@ class Heap(HeapCore):
         else:
             wanted = [_as_size(size) for size in sizes]
         self.check()
-        blocks: list[Block] = []
         with self._hold():
             self._count()
+            front = self._front_end()
+            found = [front.allocate_cached(size) for size in wanted] if front is not None else [None] * len(wanted)
+            granted: list[Block] = []
             try:
-                for at in range(0, len(wanted), MAX_BATCH):
-                    self._alloc_batch(wanted[at : at + MAX_BATCH], zero, blocks)
+                if zero:
+                    for block in filter(None, found):
+                        self.mapping.zero(block.address, block.size)
+                missing = [size for size, block in zip(wanted, found, strict=True) if block is None]
+                for at in range(0, len(missing), MAX_BATCH):
+                    self._alloc_batch(missing[at : at + MAX_BATCH], zero, granted)
             except BaseException:
-                for block in blocks:
+                for block in (*filter(None, found), *granted):
                     self.session.give_back_later(self.id, block.address, block.generation)
                 self.session.give_back()
                 raise
-        return blocks
+        rest = iter(granted)
+        return [block if block is not None else next(rest) for block in found]
 
     def _alloc_batch(self, sizes: list[int], zero: bool, blocks: list[Block]) -> None:
         grants = self.session.call(ask.HeapAllocMany(self.id, sizes))
