@@ -33,6 +33,7 @@ SLICE_BYTES = 16 * MIB  # 4 to 10 ms of commit; a larger block takes `alloc_in_s
 SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
 _SLAB_GENERATION = SLAB_WORD.generation_shift
 _SLAB_GENERATIONS = SLAB_WORD.generation_mask
+_LONG_SLAB = 4  # pages; making a slab this long for one block costs more than a block of the next class
 _PARKED_PAGES = 4  # arbitrary: what an empty slab may keep committed
 _FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
 
@@ -166,9 +167,10 @@ class Heap:
     def _alloc_small(self, kind: SizeClass, size: int, session: int) -> Grant:
         partial = self.partial[kind.index]
         slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
+        kind = slab.kind
         index = slab.lend()
         if slab.lent_count == kind.block_count:
-            partial.remove(slab)
+            self.partial[kind.index].remove(slab)
         self.allocations += 1
         slot = slab.slot + index
         words = self.arena.words
@@ -177,11 +179,18 @@ class Heap:
         return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
-        """The lowest slab of the class, with its next block's pages committed; if that cannot be, the lowest with a
-        block that is free now. Raises: HeapFullError."""
+        """A slab that can give a block for the class: one with a free block, else with pages to carve, else one of
+        the next larger class with a free block, else a new one. Raises: HeapFullError."""
         partial = self.partial[kind.index]
+        if not partial and kind.page_count >= _LONG_SLAB:
+            larger = self.partial[kind.index + 1]
+            if larger and larger[0].free:
+                return larger[0]
         slab = partial[0] if partial else self._new_slab(kind)
         if not slab.free:
+            # Of the slabs with room at most one or two still have pages to carve.
+            if len(partial) > 1 and partial[1].free:
+                return partial[1]
             touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
             try:
                 if needed > touched:
