@@ -38,6 +38,7 @@ _CACHE_SHIFT: Final = 5  # ... or 1/32 of what the arena has committed
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
 _TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
+_SPARE_BLOCKS: Final = 3  # a larger bin must hold this many to give one: else it would have to lease soon itself
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
@@ -192,7 +193,7 @@ class FrontEnd:
         """A cached block of the bin, or of a little larger one: that saves a round trip."""
         for key in range(bin_.key, bin_.key + 1 + _NEIGHBOURS):
             candidate = self._bins.get(key)
-            if candidate is not None and candidate.stack:
+            if candidate is not None and len(candidate.stack) >= (_SPARE_BLOCKS if key > bin_.key else 1):
                 try:
                     block: Block = candidate.stack.pop()
                 except IndexError:
