@@ -32,7 +32,7 @@ COMMANDS: Final = {
     "locks": ("heapd.cli.locks:locks", "Who holds which heap's lock, and what waiting costs."),
     "demo": ("heapd.cli.demo:demo", "Index a folder with several processes over one shared heap."),
     "stress": ("heapd.cli.stress:stress", "Many clients, random operations, everything checked."),
-    "bench": ("heapd.cli.bench:bench", "Measure the cost of a request, and of memory."),
+    "bench": ("heapd.cli.bench:bench", "Measure: what serialization costs, and more."),
 }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,15 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import zmq
 from rich.console import Console
 from rich.table import Table
 
+from heapd.workloads.machine import conditions
 from heapd.workloads.private import private_daemon, terminations_raise
 
-__all__ = ["Benchmark", "Figure", "daemon", "percentiles"]
+__all__ = ["RESULTS", "Benchmark", "Figure", "daemon", "percentiles"]
 
-_RESULTS = Path(os.environ.get("HEAPD_RESULTS") or Path(__file__).parent / "results")
+RESULTS = Path(os.environ.get("HEAPD_RESULTS") or Path(__file__).parent / "results")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class Benchmark:
     figures: list[Figure] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
     caveats: list[str] = field(default_factory=list)
-    conditions: dict[str, str] = field(default_factory=lambda: _conditions())
+    conditions: dict[str, str] = field(default_factory=lambda: conditions(f"scripts/bench {Path(sys.argv[0]).stem}"))
 
     def add(self, what: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None) -> None:  # fmt: skip  # noqa: E501
         """Note a figure, with its bar if it has one."""
@@ -91,8 +89,8 @@ class Benchmark:
         return table
 
     def _write(self) -> Path:
-        _RESULTS.mkdir(parents=True, exist_ok=True)
-        path = _RESULTS / f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / f"{self.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
         figures = [asdict(figure) | {"passes": figure.passes} for figure in self.figures]
         path.write_text(json.dumps(asdict(self) | {"figures": figures}, indent=1) + "\n")
         return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -112,29 +110,6 @@ def percentiles(samples: Sequence[int]) -> dict[str, float]:
 
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _conditions() -> dict[str, str]:
-    return {
-        "machine": f"{_cpu()}, {os.cpu_count()} CPUs, {_memory()}",
-        "system": f"{platform.system()} {platform.release()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}",
-        "versions": f"Python {platform.python_version()}, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}, "
-        f"msgpack {importlib.metadata.version('msgpack')}",
-        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": " ".join(["scripts/bench", Path(sys.argv[0]).stem, *sys.argv[1:]]),
-        "load": f"{os.getloadavg()[0]:.2f} before the run",
-    }
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().split("\n"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def _memory() -> str:
-    return f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def read_trace(path: Path) -> Trace:
             if kind in ("#", "t"):
                 continue
             try:
-                block, size, alignment = (int(part) for part in (*rest, 0, 0)[:3])
+                block, size, alignment = (int(part) for part in [*rest, "0", "0"][:3])
                 events.extend((_KINDS[kind], block, size, alignment))
             except (KeyError, ValueError):
                 raise TraceError(f"{path}, line {number}: {line.strip()!r} is no event of a trace") from None

@@ -81,3 +81,18 @@ def test_trace_tells_where_a_file_is_wrong(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "bad.trace.gz, line 2: 'x 1 2' is no event" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_scale_measures_every_number_of_processes(tmp_path: Path) -> None:
+    """`scale` counts pairs of one and of more processes, on heaps of their own and on a shared one."""
+    figures = check(run("scale", tmp_path, "--most", "2", "--rounds", "1", "--seconds", "0.02"), tmp_path)
+    assert figures["a heap each: 2 processes / 1"] > 0
+    assert figures["one shared heap: 2 processes / 1"] > 0
+
+
+def test_sync_keeps_its_raw_figures(tmp_path: Path) -> None:
+    """`scripts/bench sync` is `heapd bench sync`, with the JSON among the other results."""
+    done = run("sync", tmp_path, "--processes", "1", "--seconds", "0.01", "--runs", "1", "--holds", "10")
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("sync-*.json")
+    assert len(json.loads(path.read_text())["cells"]) == 7

@@ -1,0 +1,115 @@
+"""Processes that wait for orders: the same members do one measurement after another, a different number of them each.
+
+Each order names the moment to begin, so that members begin together however long an order takes to arrive.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from heapd.errors import HeapdError
+from heapd.workloads import WorkloadError
+from heapd.workloads.team import interrupts_held
+
+__all__ = ["Crew", "Duty", "sleep_until"]
+
+Duty = Callable[[Any, int], Any]  # order, moment to begin (ns, the monotonic clock) -> result
+
+_START_DEADLINE_S = 60.0
+_HEAD_START_NS = 20_000_000  # arbitrary: what orders take to arrive
+_GRACE_S = 30.0  # for a member that the machine lets wait
+_END_DEADLINE_S = 5.0
+
+
+def sleep_until(moment_ns: int) -> None:
+    """Return at a moment of the monotonic clock, or at once if it is past."""
+    time.sleep(max(moment_ns - time.monotonic_ns(), 0) / 1e9)
+
+
+def _member(line: Connection, prepare: Callable[..., Duty], arguments: tuple[Any, ...]) -> None:
+    try:
+        duty = prepare(*arguments)
+        line.send((True, None))
+        while (order := line.recv()) is not None:
+            line.send((True, duty(*order)))
+    except EOFError:
+        return  # the parent has gone
+    except Exception as error:
+        if not isinstance(error, HeapdError | WorkloadError | OSError):
+            traceback.print_exc()
+        with suppress(OSError):
+            line.send((False, f"{type(error).__name__}: {error}"))
+
+
+class Crew:
+    """`count` processes, each with `prepare(*arguments)` done. A context manager: on exit all have ended.
+
+    Args:   count, prepare (a module's function; it returns what does an order), arguments.
+    Raises: WorkloadError, also in `run`, if a member fails, dies or does not answer.
+    """
+
+    def __init__(self, count: int, prepare: Callable[..., Duty], *arguments: object) -> None:
+        self._context = get_context("spawn")
+        self._members: list[tuple[Connection, BaseProcess]] = []
+        try:
+            for _ in range(count):
+                self._start(prepare, arguments)
+            for index in range(count):
+                self._answer(index, _START_DEADLINE_S)
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _start(self, prepare: Callable[..., Duty], arguments: tuple[object, ...]) -> None:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_member, args=(theirs, prepare, arguments), daemon=True)
+        with interrupts_held():
+            process.start()
+        theirs.close()
+        self._members.append((ours, process))
+
+    def run(self, order: object, count: int, seconds: float) -> list[Any]:
+        """Have the first `count` members do an order that takes about `seconds`; their results."""
+        begin = time.monotonic_ns() + _HEAD_START_NS
+        for line, _ in self._members[:count]:
+            line.send((order, begin))
+        return [self._answer(index, seconds + _GRACE_S) for index in range(count)]
+
+    def _answer(self, index: int, timeout_s: float) -> Any:
+        line, process = self._members[index]
+        if not line.poll(timeout_s):
+            raise WorkloadError(f"member {index} (process {process.pid}) did not answer within {timeout_s:g} s")
+        try:
+            is_well, value = line.recv()
+        except (EOFError, ConnectionResetError):
+            raise WorkloadError(f"member {index} (process {process.pid}) died") from None
+        if not is_well:
+            raise WorkloadError(f"member {index}: {value}")
+        return value
+
+    def _end(self) -> None:
+        for line, _ in self._members:
+            with suppress(OSError):
+                line.send(None)
+        deadline = time.monotonic() + _END_DEADLINE_S
+        for line, process in self._members:
+            process.join(max(deadline - time.monotonic(), 0))
+            if process.is_alive():
+                process.kill()
+                process.join()
+            line.close()
+            process.close()
+        self._members.clear()

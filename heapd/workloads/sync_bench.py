@@ -1,0 +1,307 @@
+"""What serialization costs: pairs of alloc and free by processes and by threads, over three ways to have a heap.
+
+    shared, serialized     one heap, its mutex taken in each call
+    shared, unserialized   one heap, made with HEAP_NO_SERIALIZE
+    a heap each            as many heaps as workers, serialized, so that each mutex has one user
+
+Contended acquisitions and time waited are the heap's own counters, written by the holders of the real mutex.
+"""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import heapd_client as hc
+from heapd.records import HeapStatistics
+from heapd.workloads.crew import Crew, Duty, sleep_until
+from heapd.workloads.latency import Histogram
+
+__all__ = ["KINDS", "Cell", "Plan", "measure"]
+
+KINDS = {"serialized": "shared, serialized", "unserialized": "shared, unserialized", "own": "a heap each"}
+_SIZE = 64  # bytes a block
+_BATCH = 64  # pairs of which one is timed by itself
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure: endpoint, counts (of workers), seconds (each), holds_us (of the critical section), runs (rounds
+    through all of it; of each measurement the run with the median throughput counts)."""
+
+    endpoint: str
+    counts: tuple[int, ...]
+    seconds: float
+    holds_us: tuple[int, ...]
+    runs: int = 1
+
+    @property
+    def cells(self) -> int:
+        """How many measurements that makes, of `seconds` each."""
+        return self.runs * len(self.counts) * (2 * len(KINDS) + len(self.holds_us))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One measurement.
+
+    Fields: kind (of KINDS), threads (True: workers are threads of one process), workers, hold_us (that each holds the
+    lock by `heap.lock()`, None: no such lock), seconds, pairs, pairs_per_second, latency_us (percentiles of a pair),
+    acquisitions (of heaps' mutexes), contended, waited_s (all workers together), voluntary and involuntary (context
+    switches).
+    """
+
+    kind: str
+    threads: bool
+    workers: int
+    hold_us: int | None
+    seconds: float
+    pairs: int
+    pairs_per_second: float
+    latency_us: dict[str, float]
+    acquisitions: int
+    contended: int
+    waited_s: float
+    voluntary: int
+    involuntary: int
+
+    @property
+    def contended_share(self) -> float:
+        """Of the acquisitions."""
+        return self.contended / self.acquisitions if self.acquisitions else 0.0
+
+    @property
+    def waited_share(self) -> float:
+        """Of the workers' time."""
+        return self.waited_s / (self.workers * self.seconds)
+
+    def to_plain(self) -> dict[str, object]:
+        """As JSON has it."""
+        return asdict(self) | {"contended_share": self.contended_share, "waited_share": self.waited_share}
+
+
+# -- one worker ------------------------------------------------------------------------------------------------------
+class Work:
+    """What one worker did. Fields: pairs, elapsed_ns, latencies (of a pair, ns)."""
+
+    def __init__(self) -> None:
+        self.pairs = 0
+        self.elapsed_ns = 0
+        self.latencies = Histogram()
+
+    def run(self, heap: hc.Heap, begin: int, seconds: float, hold_us: int | None) -> None:
+        """Allocate and free until the time is over."""
+        self._batch(heap) if hold_us is None else self._held(heap, hold_us)  # what caches there are, fill
+        self.pairs, self.latencies = 0, Histogram()
+        sleep_until(begin)
+        started = time.monotonic_ns()
+        end = started + int(seconds * 1e9)
+        while time.monotonic_ns() < end:
+            if hold_us is None:
+                self._batch(heap)
+            else:
+                self._held(heap, hold_us)
+        self.elapsed_ns = time.monotonic_ns() - started
+
+    def _batch(self, heap: hc.Heap) -> None:
+        before = time.perf_counter_ns()
+        block = heap.alloc(_SIZE)
+        block.free()
+        self.latencies.add(time.perf_counter_ns() - before)
+        for _ in range(_BATCH - 1):
+            block = heap.alloc(_SIZE)
+            block.free()
+        self.pairs += _BATCH
+
+    def _held(self, heap: hc.Heap, hold_us: int) -> None:
+        """A pair in a critical section that takes at least `hold_us`."""
+        before = time.perf_counter_ns()
+        with heap.lock():
+            until = time.perf_counter_ns() + hold_us * 1000
+            heap.alloc(_SIZE).free()
+            while time.perf_counter_ns() < until:
+                pass
+        self.latencies.add(time.perf_counter_ns() - before)
+        self.pairs += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a member of the crew is to do: kind, seconds, hold_us, threads (in the one process; 0: itself)."""
+
+    kind: str
+    seconds: float
+    hold_us: int | None
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a member did: pairs, rate (pairs a second), latencies (plain histogram), locks (what its own heaps' mutexes
+    counted), voluntary and involuntary (context switches)."""
+
+    pairs: int
+    rate: float
+    latencies: list[int]
+    locks: tuple[int, int, int]
+    voluntary: int
+    involuntary: int
+
+
+def prepare(endpoint: str, shared: dict[str, str]) -> Duty:
+    """A member of the crew; `shared`: the names of the shared heaps by kind."""
+    session = hc.connect(endpoint, autostart=False)
+    heaps = {kind: session.open_heap(name) for kind, name in shared.items()}
+    own: list[hc.Heap] = []
+
+    def duty(order: Order, begin: int) -> Report:
+        workers = max(order.threads, 1)
+        while len(own) < workers:
+            own.append(session.create_heap())
+        mine = own[:workers] if order.kind == "own" else [heaps[order.kind]] * workers
+        return _report(order, mine, begin)
+
+    return duty
+
+
+def _report(order: Order, heaps: list[hc.Heap], begin: int) -> Report:
+    is_own = order.kind == "own"
+    before = [heap.statistics() for heap in heaps]
+    works = [Work() for _ in heaps]
+    switches = resource.getrusage(resource.RUSAGE_SELF)
+    runs = [
+        partial(work.run, heap, begin, order.seconds, order.hold_us) for work, heap in zip(works, heaps, strict=True)
+    ]
+    if order.threads:
+        _in_threads(runs)
+    else:
+        runs[0]()
+    switched = resource.getrusage(resource.RUSAGE_SELF)
+    after = [heap.statistics() for heap in heaps]  # also in a shared heap: its counters get what was counted here
+    latencies = Histogram()
+    for work in works:
+        latencies.merge(work.latencies)
+    return Report(
+        pairs=sum(work.pairs for work in works),
+        rate=sum(work.pairs / work.elapsed_ns * 1e9 for work in works),
+        latencies=latencies.to_plain(),
+        locks=_locks(zip(before, after, strict=True)) if is_own else (0, 0, 0),
+        voluntary=switched.ru_nvcsw - switches.ru_nvcsw,
+        involuntary=switched.ru_nivcsw - switches.ru_nivcsw,
+    )
+
+
+def _in_threads(runs: Sequence[Callable[[], None]]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _locks(pairs: Iterator[tuple[HeapStatistics, HeapStatistics]]) -> tuple[int, int, int]:
+    """Acquisitions, contended ones, nanoseconds waited, between two looks at each heap."""
+    found = [
+        (
+            after.acquisitions - before.acquisitions,
+            after.contended - before.contended,
+            after.waited_ns - before.waited_ns,
+        )
+        for before, after in pairs
+    ]
+    acquisitions, contended, waited = (sum(column) for column in zip(*found, strict=True))
+    return acquisitions, contended, waited
+
+
+# -- all of them -----------------------------------------------------------------------------------------------------
+def measure(plan: Plan, tell: Callable[[int], object]) -> list[Cell]:
+    """Do all measurements; `tell` hears how many are done. Returns: one cell each.
+
+    Raises: WorkloadError, HeapdError.
+    """
+    found: dict[tuple[object, ...], list[Cell]] = {}
+    done = 0
+    with hc.connect(plan.endpoint, autostart=False) as session:
+        heaps = {kind: session.create_heap(f"sync-{kind}", serialize=kind == "serialized") for kind in list(KINDS)[:2]}
+        names = {kind: str(heap.name) for kind, heap in heaps.items()}
+        with Crew(max(plan.counts), prepare, plan.endpoint, names) as crew:
+            for what in plan.runs * list(_cells(plan)):
+                threads, count, kind, hold_us = what
+                cell = _measure_cell(plan, crew, heaps.get(kind), threads, count, kind, hold_us)
+                found.setdefault(what, []).append(cell)
+                done += 1
+                tell(done)
+        for heap in heaps.values():
+            heap.close()
+    return [_middle(cells) for cells in found.values()]
+
+
+def _middle(cells: list[Cell]) -> Cell:
+    return sorted(cells, key=lambda cell: cell.pairs_per_second)[len(cells) // 2]
+
+
+def _cells(plan: Plan) -> Iterator[tuple[bool, int, str, int | None]]:
+    """What is measured, as (threads, count, kind, hold_us)."""
+    for threads in (False, True):
+        for count in plan.counts:
+            for kind in KINDS:
+                yield threads, count, kind, None
+    for hold_us in plan.holds_us:
+        for count in plan.counts:
+            yield False, count, "serialized", hold_us
+
+
+def _measure_cell(
+    plan: Plan, crew: Crew, shared: hc.Heap | None, threads: bool, count: int, kind: str, hold_us: int | None
+) -> Cell:
+    before = shared.statistics() if shared else None
+    order = Order(kind, plan.seconds, hold_us, count if threads else 0)
+    reports: list[Report] = crew.run(order, 1 if threads else count, plan.seconds)
+    locks = _locks(iter([(before, shared.statistics())])) if shared and before else (0, 0, 0)
+    for report in reports:
+        locks = (locks[0] + report.locks[0], locks[1] + report.locks[1], locks[2] + report.locks[2])
+    return _cell(plan, reports, locks, threads, count, kind, hold_us)
+
+
+def _cell(
+    plan: Plan, reports: list[Report], locks: tuple[int, ...], threads: bool, count: int, kind: str, hold_us: int | None
+) -> Cell:
+    latencies = Histogram()
+    for report in reports:
+        latencies.merge(Histogram.from_plain(report.latencies))
+    percentiles: dict[str, float] = {f"p{percent}": latencies.percentile(percent) / 1e3 for percent in (50, 90, 99)}
+    return Cell(
+        kind=kind,
+        threads=threads,
+        workers=count,
+        hold_us=hold_us,
+        seconds=plan.seconds,
+        pairs=sum(report.pairs for report in reports),
+        pairs_per_second=sum(report.rate for report in reports),
+        latency_us=percentiles | {"max": latencies.maximum / 1e3},
+        acquisitions=locks[0],
+        contended=locks[1],
+        waited_s=locks[2] / 1e9,
+        voluntary=sum(report.voluntary for report in reports),
+        involuntary=sum(report.involuntary for report in reports),
+    )
+
+
+def as_json(cells: list[Cell]) -> list[dict[str, Any]]:
+    """The measurements as JSON has them."""
+    return [cell.to_plain() for cell in cells]
