@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import heapd_client as hc
-from heapd.errors import CannotResizeInPlaceError, HeapdError, HeapFullError, StaleHandleError
+from heapd.errors import BlockTooLargeError, CannotResizeInPlaceError, HeapdError, HeapFullError, StaleHandleError
 from heapd.layout import Handle
 from heapd.units import KIB
 from heapd.workloads.board import LANES, Board, Phase, Row, neighbours
@@ -192,7 +192,7 @@ class StressClient:
     def _guarded(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except HeapFullError:
+        except (HeapFullError, BlockTooLargeError):
             self.report.count("refused: memory full")
             self._free_half()
         except (HeapdError, CheckError) as error:
