@@ -219,7 +219,7 @@ def open_it():
 def trackers() -> set[str]:
     """Process ids of the resource trackers that this test run has started."""
     mark = f"{RUN_VARIABLE}={os.environ[RUN_VARIABLE]}".encode()
-    found = set()
+    found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if b"resource_tracker" in (process / "cmdline").read_bytes():

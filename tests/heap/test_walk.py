@@ -190,7 +190,7 @@ def test_a_region_that_goes_while_the_walk_stands_in_it_hides_no_other(heap: Hea
     old = heap.alloc(2 * MIB, SESSION)
     passing = heap.alloc(500 * KIB, SESSION)
     new = heap.alloc(3 * MIB, SESSION)
-    cursor, seen = 0, []
+    cursor, seen = 0, list[Entry]()
     while passing.address not in busy(seen):
         page, cursor = walk(heap, cursor, 1, everyone)
         seen += page
@@ -206,7 +206,7 @@ def test_a_large_block_that_goes_while_the_walk_stands_in_it_repeats_no_other(he
     """Regions told before it are not told again, however young they are."""
     blocks = [heap.alloc(2 * MIB, SESSION) for _ in range(3)]
     small = heap.alloc(500 * KIB, SESSION)
-    cursor, seen = 0, []
+    cursor, seen = 0, list[Entry]()
     while blocks[1].address not in busy(seen):
         page, cursor = walk(heap, cursor, 1, everyone)
         seen += page

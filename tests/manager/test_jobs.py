@@ -352,7 +352,7 @@ def test_any_mix_of_jobs_in_any_order_leaves_a_sound_manager(
             shared = who.open("common") if "common" in {heap.name for heap in who.heaps()} else who.create("common")
             keeper.open("common")
             heap = shared.heap_id
-            request = random_.choice(
+            request: m.Request = random_.choice(
                 [
                     m.HeapAlloc(heap, random_.choice([100, 5 * MIB, 20 * MIB, 40 * MIB])),
                     m.HeapAllocMany(heap, [random_.choice([64, MIB, 17 * MIB]) for _ in range(4)]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from heapd.errors import (
@@ -255,8 +257,8 @@ def test_any_session_that_has_it_open_may_destroy_a_named_heap(client: Client, o
     ],
 )
 def test_every_operation_tells_a_destroyed_heap_from_one_that_never_was(
-    client: Client, other: Client, request_of
-) -> None:  # type: ignore[no-untyped-def]
+    client: Client, other: Client, request_of: Callable[[int], m.Request]
+) -> None:
     """And from one that the session has not open."""
     gone, strange = client.create(), other.create()
     client.destroy(gone)

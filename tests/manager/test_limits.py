@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import pytest
 
@@ -20,7 +21,6 @@ from heapd.layout import (
     H_CONTROLS_READY,
 )
 from heapd.manager import HeapManager, Limits
-from heapd.manager import executable as executable_module
 from heapd.mutex import Mutex
 from heapd.records import HeapInfo
 from heapd.units import MIB, PAGE_SIZE
@@ -246,7 +246,7 @@ def test_an_executable_heap_is_refused_where_shared_memory_is_not(
     class NoExec:
         f_flag = 8  # ST_NOEXEC
 
-    monkeypatch.setattr(executable_module.os, "statvfs", lambda path: NoExec)
+    monkeypatch.setattr(os, "statvfs", lambda path: NoExec)
     with pytest.raises(ExecuteError, match="remount"):
         client.create(flags=F_EXECUTABLE)
     monkeypatch.undo()

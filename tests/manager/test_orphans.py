@@ -93,7 +93,8 @@ def test_a_persistent_heap_that_nobody_has_open_keeps_or_frees_by_its_policy(
     later = new_client()
     later.open("keeps"), later.open("frees")
     assert (later.statistics(keeping).orphaned_blocks, later.statistics(freeing).busy_blocks) == (1, 0)
-    later.destroy(keeping), later.destroy(freeing)
+    later.destroy(keeping)
+    later.destroy(freeing)
 
 
 @pytest.mark.parametrize("policy", ["keep", "free"])

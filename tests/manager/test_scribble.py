@@ -14,7 +14,18 @@ import pytest
 
 from heapd.arena import Arena
 from heapd.errors import HeapdError
-from heapd.layout import C_FLAGS, C_HEAP_ID, C_LIVE, C_MUTEX, C_WAITED_NS, CONTROL_SIZE, MAPPED, RUN_WORD, SLAB_WORD
+from heapd.layout import (
+    C_FLAGS,
+    C_HEAP_ID,
+    C_LIVE,
+    C_MUTEX,
+    C_WAITED_NS,
+    CONTROL_SIZE,
+    MAPPED,
+    RUN_WORD,
+    SLAB_WORD,
+    WordFormat,
+)
 from heapd.manager import HeapManager
 from heapd.records import Grant, HeapInfo
 from heapd.units import MIB, PAGE_SHIFT, PAGE_SIZE
@@ -130,8 +141,8 @@ def test_a_forged_word_does_not_free_another_s_block_when_the_forger_ends(client
 
 @pytest.mark.parametrize("form", [SLAB_WORD, RUN_WORD], ids=["slab", "run"])
 def test_a_block_said_to_be_of_a_session_that_never_was_does_not_keep_a_number(
-    client: Client, other: Client, form
-) -> None:  # type: ignore[no-untyped-def]
+    client: Client, other: Client, form: WordFormat
+) -> None:
     """The number in the word is no session's: sessions come and go as ever."""
     heap = client.create("x")
     other.open("x")
