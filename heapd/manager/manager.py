@@ -129,6 +129,9 @@ class HeapManager:
                 yield from self._destroy(shared)
             session.heaps.pop(shared.heap_id, None)
         session.default_heap = None
+        for shared in self.heaps.values():
+            if shared.creator == session.number:
+                shared.creator = 0  # the number may be another's soon
         self.sessions.retire({number for shared in self.heaps.values() for number in shared.orphan_owners})
 
     @staticmethod

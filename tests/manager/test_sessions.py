@@ -143,6 +143,16 @@ def test_ended_sessions_are_listed_while_blocks_of_theirs_are_left(
     assert [info.number for info in watcher.sessions()] == [watcher.number]
 
 
+def test_who_is_given_the_number_of_a_heap_s_maker_is_not_taken_for_it(client: Client, manager: HeapManager) -> None:
+    """The maker of a heap is 0 once it has ended, whoever bears its number then."""
+    client.create_persistent("x")
+    client.end()
+    reuse_all_numbers(manager)
+    while (again := Client(manager)).number != client.number:
+        again.end()
+    assert again.open("x").creator == 0
+
+
 # -- what is told ------------------------------------------------------------------------------------------------------
 def test_a_session_s_info_counts_heaps_and_requests_and_tells_its_age(client: Client, clock: Clock) -> None:
     """By the manager's clock."""
