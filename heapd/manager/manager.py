@@ -167,9 +167,11 @@ class HeapManager:
     def _arena_statistics(self, session: Session, request: m.ArenaStatisticsGet) -> tuple[Any, ...]:
         return as_tuple(self.arena.statistics(len(self.heaps), len(self.sessions)))
 
-    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> None:
+    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> Job:
         for heap_id in self.heaps:
             self._directory.controls.bump(heap_id)
+        for shared in list(self.heaps.values()):  # what heaps keep for themselves is wanted elsewhere
+            yield from shared.heap.compact()
 
     # -- heaps -------------------------------------------------------------------------------------------------------
     def _create_heap(self, session: Session, request: m.HeapCreate) -> tuple[Any, ...]:

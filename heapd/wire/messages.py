@@ -125,7 +125,8 @@ class ArenaStatisticsGet(Request):
 
 @dataclass(frozen=True, slots=True)
 class ArenaReclaim(Request):
-    """Ask every front end to give back what it caches, at its next operation: memory is short. Answer: None."""
+    """Memory is short: decommit what all heaps have free, and ask every front end to give back what it caches, at its
+    next operation. Answer: None."""
 
     op: ClassVar[int] = 13
     name: ClassVar[str] = "arena.reclaim"

@@ -237,6 +237,21 @@ def test_everything_can_be_given_back_without_any_memory(client: Client, other: 
     check_manager(client.manager)
 
 
+def test_reclaiming_frees_the_spare_pages_of_every_heap(client: Client, other: Client, manager: HeapManager) -> None:
+    """What a heap keeps committed for itself is not lost to others who are short of memory: free pages, empty slabs."""
+    heap = client.create(maximum=180 * MIB)
+    client.alloc(heap, 150 * MIB)
+    spare, _ = client.alloc(heap, 2 * MIB), client.alloc(heap, 4096)
+    client.free(heap, spare)
+    client.free(heap, client.alloc(heap, 500))
+    mine = other.create()
+    wanted = manager.arena.budget.limit - manager.arena.budget.committed + MIB
+    with pytest.raises(HeapFullError):
+        other.alloc(mine, wanted)
+    assert other.ask(m.ArenaReclaim()) is None
+    other.alloc(mine, wanted)
+
+
 # -- executable --------------------------------------------------------------------------------------------------------
 def test_an_executable_heap_is_refused_where_shared_memory_is_not(
     client: Client, monkeypatch: pytest.MonkeyPatch
