@@ -162,6 +162,41 @@ def test_the_generation_of_a_run_skips_zero_when_it_comes_round(heap: Heap) -> N
     assert all(one != other for one, other in itertools.pairwise(generations))
 
 
+BETWEEN = [
+    kind
+    for kind, larger in itertools.pairwise(CLASSES)
+    if kind.page_count >= 8 and not kind.is_run and not larger.is_run
+]  # classes of long slabs whose next larger class has slabs, too
+
+
+@pytest.mark.parametrize("kind", BETWEEN, ids=lambda kind: str(kind.extent))
+def test_a_block_that_comes_from_the_next_larger_class_is_one_of_that_class(heap: Heap, kind: SizeClass) -> None:
+    """A free one there is lent before a long slab is made for one block: extent, word and free are as any other's."""
+    larger = CLASSES[kind.index + 1]
+    anchor, hole = heap.alloc(larger.extent, SESSION), heap.alloc(larger.extent, SESSION)
+    heap.free(hole.address, hole.generation)
+    grant = heap.alloc(kind.extent, SESSION)
+    assert grant.extent in (kind.extent, larger.extent)
+    found = check_heap(heap)
+    assert (found.busy, found.padding) == (larger.extent + kind.extent, grant.extent - kind.extent)
+    again = heap.resize(grant.address, grant.generation, grant.extent, in_place_only=True)
+    assert again.extent == grant.extent
+    for gone in (grant, anchor):
+        heap.free(gone.address, gone.generation)
+    assert check_heap(heap).busy_blocks == 0
+
+
+def test_a_full_slab_of_the_next_larger_class_is_not_asked(heap: Heap) -> None:
+    """Its last free block is lent; the one after it comes from a slab of its own class."""
+    kind = BETWEEN[0]
+    larger = fill_slab(heap, CLASSES[kind.index + 1])
+    heap.free(larger[2].address, larger[2].generation)
+    grants = [heap.alloc(kind.extent, SESSION) for _ in range(4)]
+    check_heap(heap)
+    assert [grant.extent for grant in grants[1:]] == [kind.extent] * 3
+    assert len({grant.address for grant in grants}) == 4
+
+
 # -- fresh -------------------------------------------------------------------------------------------------------------
 def test_fresh_is_never_said_of_a_byte_that_is_not_zero(heap: Heap, arena: Arena) -> None:
     """Runs of random sizes, each filled with ones and freed: what is called fresh reads as zeros."""

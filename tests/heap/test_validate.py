@@ -163,6 +163,19 @@ def miscount_spare_pages(heap: Heap, grant: Grant) -> None:
     heap.space.spare.total += 1
 
 
+def decommit_a_slab_s_page(heap: Heap, grant: Grant) -> None:
+    page = grant.address // PAGE_SIZE
+    assert heap.slab_at(page)
+    heap.arena.decommit(page, 1, heap.index)
+
+
+def test_blocks_on_a_page_that_is_not_committed_are_found(heap: Heap) -> None:
+    """Whoever touched them would bring the page back unasked."""
+    grants = [heap.alloc(900, SESSION) for _ in range(8)]
+    decommit_a_slab_s_page(heap, grants[-1])
+    assert {violation.what for violation in validate(heap)} >= {"commit", "page-map"}
+
+
 @pytest.mark.parametrize(
     ("harm", "what"),
     [

@@ -337,6 +337,31 @@ def test_giving_everything_back_goes_on_while_others_work(client: Client, other:
     client.free(heap, mine)
 
 
+def test_a_batch_of_small_blocks_in_a_heap_that_is_destroyed_meanwhile_ends(client: Client, other: Client) -> None:
+    """Forty MiB in pieces of one: HeapDestroyedError at the next of them."""
+    heap = client.create("shared")
+    other.open("shared")
+    task = client.begin(m.HeapAllocMany(heap.heap_id, [MIB] * 40))
+    assert not task.is_done
+    other.destroy(heap)
+    with pytest.raises(HeapDestroyedError):
+        task.result()
+    check_manager(client.manager)
+
+
+def test_giving_everything_back_of_a_heap_that_is_destroyed_meanwhile_ends(client: Client, other: Client) -> None:
+    """The answer counts what was taken back until then."""
+    heap = client.create("shared")
+    other.open("shared")
+    for _ in range(2):
+        client.lease(heap, 40, 4096)
+    task = client.begin(m.HeapGiveBack(heap.heap_id, [], True))
+    assert not task.is_done
+    other.destroy(heap)
+    assert 0 < task.result() < 2 * 4096
+    check_manager(client.manager)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_mix_of_jobs_in_any_order_leaves_a_sound_manager(
     manager: HeapManager, new_client: NewClient, seed: int
