@@ -98,7 +98,7 @@ class ExtentsAgainstASet(RuleBasedStateMachine):
 
 
 TestExtentsAgainstASet = ExtentsAgainstASet.TestCase
-TestExtentsAgainstASet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestExtentsAgainstASet.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
 
 
 def extents_of(*parts: tuple[int, int]) -> Extents:
