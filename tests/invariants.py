@@ -12,7 +12,7 @@ from typing import Any
 
 from heapd.arena import Arena
 from heapd.heap import Heap, collect_statistics, validate_heap, walk
-from heapd.layout import H_COMMITTED, H_RESERVED, PAGE_COMMITTED, page_word
+from heapd.layout import H_COMMITTED, H_RESERVED, page_word
 from heapd.manager import HeapManager
 from heapd.records import Entry, EntryKind, HeapStatistics
 from heapd.units import PAGE_SHIFT, PAGE_SIZE
@@ -168,11 +168,6 @@ def heap_picture(heap: Heap) -> Any:
         [(entry.address, entry.extent) for entry in entries if entry.kind is EntryKind.REGION],
         heap.allocations - heap.releases,
     )
-
-
-def committed_pages(arena: Arena) -> int:
-    """Pages of the whole arena that are committed."""
-    return sum(arena.state_of(page) == PAGE_COMMITTED for page in range(arena.shape.page_count))
 
 
 def fill(arena: Arena, address: int, size: int, seed: int) -> None:

@@ -139,7 +139,7 @@ def test_a_closed_segment_leaves_no_descriptor(name: str) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# -- names in /dev/shm that are somebody else's (P17) ------------------------------------------------------------------
+# -- names in /dev/shm that are somebody else's ------------------------------------------------------------------------
 def test_a_symlink_is_not_attached_to(name: str, tmp_path: Path) -> None:
     """Another user may have made the name first, to lead us to a file of theirs, or of ours."""
     target = tmp_path / "target"
@@ -205,7 +205,7 @@ except OSError as error:
     assert segment_exists(name)
 
 
-# -- the resource tracker (P1) -----------------------------------------------------------------------------------------
+# -- the resource tracker ----------------------------------------------------------------------------------------------
 PRELUDE = """
 import os, signal, sys, time
 from multiprocessing import resource_tracker, shared_memory
