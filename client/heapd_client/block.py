@@ -81,6 +81,11 @@ class Block:
         return abs(self._word)
 
     @property
+    def word_here(self) -> int:
+        """As `word` if no other object or process can know the block; else something that is no state word."""
+        return self._word
+
+    @property
     def is_free(self) -> bool:
         """True: freed through this object."""
         return not self._word
@@ -227,29 +232,37 @@ class Block:
         exporter = self._exporter
         if exporter is None:
             return
-        view, self._view = self._view, None
-        if view is not None:
-            if getrefcount(view) > _OWN_REFERENCES and not is_own_released and _is_alive(view):
-                self._view = view
-                raise self._in_use()
-            try:
-                view.release()
-            except BufferError:
-                self._view = view
-                raise self._in_use() from None
-            view = None
-        # numpy.ndarray(buffer=view) keeps no buffer open, but does refer to the exporter: the count shows it.
-        self._exporter = self._buffer = None
-        self._seen = None
         try:
-            if getrefcount(exporter) > _OWN_REFERENCES:
+            self._release_own_view(is_own_released)
+            # numpy.ndarray(buffer=view) keeps no buffer open, but does refer to the exporter: the count shows it.
+            self._buffer = self._seen = None
+            if getrefcount(exporter) > _OWN_REFERENCES + 1:
                 raise self._in_use()
             exporter.release()
-        except BufferError as error:
-            self._exporter = exporter
+        except BaseException as error:
+            # Also what a signal handler raised: a block that others can see must have a view, see hotpath.
+            self._restore_view(exporter)
+            raise (self._in_use() if isinstance(error, BufferError) else error) from None
+        self._exporter = None
+
+    def _release_own_view(self, is_own_released: bool) -> None:
+        view = self._view
+        if view is None:
+            return
+        if getrefcount(view) > _OWN_REFERENCES + 1 and not is_own_released and _is_alive(view):
+            raise self._in_use()
+        view.release()
+        self._view = None
+
+    def _restore_view(self, exporter: memoryview) -> None:
+        """Let the hot path's free see that there is something to look at."""
+        if not _is_alive(exporter):
+            self._exporter = self._buffer = self._view = None
+            return
+        if self._buffer is None:
             self._buffer = PickleBuffer(exporter)
-            self._view = memoryview(self._buffer)  # the hot path's free looks closer where there is a view
-            raise (error if isinstance(error, BlockInUseError) else self._in_use()) from None
+        if self._view is None or not _is_alive(self._view):
+            self._view = memoryview(self._buffer)
 
     def _in_use(self) -> BlockInUseError:
         return BlockInUseError(

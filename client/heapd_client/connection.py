@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from time import monotonic
 from typing import Any, Final
@@ -52,15 +53,20 @@ class _Channel:
     """One thread's socket.
 
     Fields: socket; lock (held during a call, so that `close` never pulls the socket from under one);
-    abandoned (request id to request: answers that may still come).
+    abandoned (request id to request: answers that may still come); last (the last request, its id and frame);
+    again (frames of requests whose answers were lost); inner (the channel for calls made inside one, by finalisers
+    and signal handlers).
     """
 
-    __slots__ = ("__weakref__", "abandoned", "lock", "socket")
+    __slots__ = ("__weakref__", "abandoned", "again", "inner", "last", "lock", "socket")
 
     def __init__(self, dealer: zmq.Socket[bytes]) -> None:
         self.socket = dealer
         self.lock = threading.Lock()
         self.abandoned: dict[int, Request] = {}
+        self.again: list[bytes] = []
+        self.last: tuple[Request, int, bytes] | None = None
+        self.inner: _Channel | None = None
 
     def __del__(self) -> None:
         self.socket.close()  # its thread has ended; linger is 0, so this does not wait
@@ -109,10 +115,17 @@ class Connection:
         try:
             channel: _Channel = self._local.channel
         except AttributeError:
-            channel = self._open_channel()
+            channel = self._local.channel = self._open_channel()
+        while channel.lock.locked() and not self.is_closed:  # by this very thread
+            if channel.inner is None:
+                channel.inner = self._open_channel()
+            channel = channel.inner
         with channel.lock:
             if self.is_closed:
                 raise ClosedError("the session is closed")
+            channel.last = request, request_id, frame
+            if channel.again:
+                self._send_again(channel)
             dealer, is_sent = channel.socket, False
             try:
                 try:
@@ -137,8 +150,31 @@ class Connection:
                 raise ClosedError("the session is closed")
             channel = _Channel(open_socket(self._context, self.greeting.work))
             self._channels.add(channel)
-        self._local.channel = channel
         return channel
+
+    def _mine(self) -> list[_Channel]:
+        """The calling thread's channels."""
+        found = []
+        channel: _Channel | None = getattr(self._local, "channel", None)
+        while channel is not None:
+            found.append(channel)
+            channel = channel.inner
+        return found
+
+    def regret(self, request: Request) -> None:
+        """Have the answer to the last call, which an exception kept from its caller, handed to `on_late`. It may have
+        come already: the daemon remembers it, and is asked again at the thread's next call."""
+        for channel in self._mine():
+            if channel.last is not None and channel.last[0] is request:
+                _, request_id, frame = channel.last
+                self._abandon(channel, request_id, request)
+                channel.again.append(frame)
+
+    def _send_again(self, channel: _Channel) -> None:
+        with suppress(zmq.Again):
+            while channel.again:
+                _raw_send(channel.socket, channel.again[-1])
+                channel.again.pop()
 
     # -- the slow path: no answer within a slice, or somebody else's ---------------------------------------------------
     def _wait(
@@ -198,8 +234,8 @@ class Connection:
     @property
     def is_shared(self) -> bool:
         """Another living thread has called, and may be in a call."""
-        mine = getattr(self._local, "channel", None)
-        return any(channel is not mine for channel in list(self._channels))
+        mine = self._mine()
+        return any(channel not in mine for channel in list(self._channels))
 
     # -- the end -----------------------------------------------------------------------------------------------------
     def close(self, patience_s: float = 0.5) -> None:

@@ -4,15 +4,17 @@ A *bin* holds the cached blocks of one extent: a size class, or a number of page
 process's bins, whoever allocated them. What a bin may hold, and how many blocks it leases at once, follows from what
 went through it; a heap that allocates one block leases one.
 
-The hot path is hotpath.py; here is what it leaves to us. Every method runs in one thread at a time (`_lock`), and
-with the mutex of a serialized heap held by Heap. A finaliser that frees while its thread is in here only queues.
+The hot path is hotpath.py; here is what it leaves to us. Every method runs in one thread at a time, which has taken
+the heap's gate (heapcore.py), and the mutex of a serialized heap before that.
+
+A block that falls out of the lists when a signal handler raises is lost to us, but not to the daemon: its word says
+CACHED, and giving everything back finds it.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,32 +40,51 @@ _CACHE_SHIFT: Final = 5  # ... or 1/32 of what the arena has committed
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
 _TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
-_SPARE_BLOCKS: Final = 3  # a larger bin must hold this many to give one: else it would have to lease soon itself
+_PATIENCE: Final = 4  # slow calls before a bin gets a spare block
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
+_MAX_BINS: Final = 512  # about 5 KB each, and each is looked at when another one wants to hold more
 _LARGE: Final = 1 << 16  # keys of bins for runs over 64 KiB: this and the pages
 
 
 class Bin:
     """Cached blocks of one extent.
 
-    Fields: key, extent (bytes), form (of its state words), size (to ask the daemon for), stack (cached blocks, freed
-    last on top), limit (blocks at which free asks), batch (of the last lease), leased (so far).
+    Fields: key, extent (bytes), form (of its state words), stack (cached blocks, freed last on top), limit (blocks at
+    which free asks; of large runs always), batch (of the last lease), leased (blocks, so far), emptied (times, so
+    far); block_type, set_limit and take_count (see hotpath).
     """
 
-    __slots__ = ("batch", "block_type", "extent", "form", "key", "leased", "limit", "set_limit", "stack")
+    __slots__ = (
+        "batch",
+        "block_type",
+        "emptied",
+        "extent",
+        "form",
+        "key",
+        "leased",
+        "limit",
+        "set_limit",
+        "stack",
+        "take_count",
+    )
 
-    def __init__(self, key: int, extent: int, form: WordFormat) -> None:
+    def __init__(self, key: int) -> None:
         self.key = key
-        self.extent = extent
-        self.form = form
+        if key >= _LARGE:
+            self.extent, self.form = (key - _LARGE) << PAGE_SHIFT, RUN_WORD
+        else:
+            kind = CLASSES[key]
+            self.extent, self.form = kind.extent, RUN_WORD if kind.is_run else SLAB_WORD
         self.stack: list[Any] = []
         self.block_type: type[Block] = Block
         self.set_limit: Callable[[int], None] = lambda blocks: None
+        self.take_count: Callable[[], int] = lambda: 0
         self.limit = 0
         self.batch = 0
         self.leased = 0
+        self.emptied = 0
 
     @property
     def is_large(self) -> bool:
@@ -80,31 +101,31 @@ class Bin:
         wanted = max(doubled, self.leased // _SHARE, 1)
         return min(wanted, _MAX_BATCH, max(_MAX_LEASE // self.extent, 1))
 
+    def set(self, limit: int) -> None:
+        self.limit = limit
+        self.set_limit(limit)
+
 
 class FrontEnd:
     """Bins of one heap. Good for one session and one value of the heap's live word; then another one is made.
 
-    Fields: alloc (the hot function), session (its number).
+    Fields: alloc (the hot function), session (its number), live (the value).
     """
 
     def __init__(self, heap: Heap, session: int, live: int, lock: Lock | None) -> None:
         self._heap = heap
         self.session = session
-        self._live = live
+        self.live = live
         self._words = heap.mapping.words
         self._hot_lock = lock
         self._bins: dict[int, Bin] = {}
         self._stack_of: dict[int, list[Any]] = {}
-        self._lock = threading.RLock()
-        self._owner = 0  # thread that is in here
-        self._queued: deque[Block] = deque()  # freed by finalisers meanwhile
-        self._counts: list[Callable[[], int]] = []
+        self._take_count: Callable[[], int] = lambda: 0
         arguments = (self._words, heap.live_slot, live, self._stack_of, heap.alloc_slow)
         if lock is None:
             self.alloc = make_alloc(*arguments)
         else:
-            self.alloc, count = make_locked_alloc(*arguments, lock)
-            self._counts.append(count)
+            self.alloc, self._take_count = make_locked_alloc(*arguments, lock)
 
     # -- bins --------------------------------------------------------------------------------------------------------
     def _bin_for(self, size: int) -> Bin:
@@ -117,37 +138,42 @@ class FrontEnd:
             self._stack_of[size] = found.stack
         return found
 
-    def _bin_of(self, block: Block) -> Bin:
-        """The bin that a freed block belongs to."""
-        extent = block.extent
+    def _bin_of(self, extent: int) -> Bin:
+        """The bin of blocks that occupy `extent` bytes."""
         key = class_index(extent) if extent <= MAX_CLASS_SIZE else _LARGE + pages_for(extent)
         return self._bins.get(key) or self._add_bin(key)
 
     def _add_bin(self, key: int) -> Bin:
-        if key >= _LARGE:
-            new = Bin(key, (key - _LARGE) << PAGE_SHIFT, RUN_WORD)
-        else:
-            kind = CLASSES[key]
-            new = Bin(key, kind.extent, RUN_WORD if kind.is_run else SLAB_WORD)
-        arguments = (self._words, self._heap.live_slot, self._live, new.stack, self._heap.free)
+        if len(self._bins) >= _MAX_BINS:
+            self._drop_bins()
+        new = Bin(key)
+        arguments = (self._words, self._heap.live_slot, self.live, new.stack, self._heap.free)
         if self._hot_lock is None:
             new.block_type, new.set_limit = make_block_type(*arguments)
         else:
-            new.block_type, new.set_limit, count = make_locked_block_type(*arguments, self._hot_lock)
-            self._counts.append(count)
+            new.block_type, new.set_limit, new.take_count = make_locked_block_type(*arguments, self._hot_lock)
         self._bins[key] = new
         self._set_limit(new, self._room(new))
         return new
 
+    def _drop_bins(self) -> None:
+        """Forget the bins of large runs. Those that are allocated will come back as strangers."""
+        doomed = [bin_ for bin_ in self if bin_.is_large]
+        self._heap.count_acquisitions(self.take_count())
+        self._stack_of.clear()
+        for bin_ in doomed:
+            del self._bins[bin_.key]
+        self._give_back([block for bin_ in doomed for block in bin_.stack])
+
     def _room(self, bin_: Bin) -> int:
         """Bytes that the bins of this one's kind may still take together; negative if they hold too much."""
         total = _LARGE_CACHE if bin_.is_large else max(_CACHE_FLOOR, self._words[H_COMMITTED] >> _CACHE_SHIFT)
-        return total - sum(other.cached for other in self._bins.values() if other.is_large == bin_.is_large)
+        return total - sum(other.cached for other in self if other.is_large == bin_.is_large)
 
     def _set_limit(self, bin_: Bin, room: int) -> None:
         """Let free push so many blocks more, of the `room` left, before it asks again."""
-        bin_.limit = max(len(bin_.stack) + max(room // _TICKET // bin_.extent, 1), 2)
-        bin_.set_limit(bin_.limit)
+        if not bin_.is_large:
+            bin_.set(max(len(bin_.stack) + max(room // _TICKET // bin_.extent, 1), 2))
 
     # -- alloc -------------------------------------------------------------------------------------------------------
     def allocate(self, size: int, zero: bool, popped: Block | None) -> Block:
@@ -155,51 +181,56 @@ class FrontEnd:
 
         Raises: as Heap.alloc.
         """
-        with self._lock:
-            outer, self._owner = self._owner, threading.get_ident()
-            try:
-                bin_ = self._bin_for(size)
-                block = self._fresh(bin_, popped) if popped is not None else self._pop(bin_)
-                if block is None:
-                    block = self._lease(bin_, size)
-                try:
-                    if zero:
-                        self._heap.mapping.zero(block.address, size)
-                    word = block._base + (size or bin_.form.size_mask)
-                except BaseException:
-                    bin_.stack.append(block)
-                    raise
-            finally:
-                self._owner = outer
-            if self._queued:
-                self._free_queued()
-            block._word = word
-            self._words[block.slot] = word
-            return block
+        bin_ = self._bin_for(size)
+        block = None
+        if popped is not None and type(popped) is bin_.block_type:  # else it was given back since
+            block = self._fresh(bin_, popped)
+        block = block or self._pop(bin_)
+        has_leased = block is None
+        block = block or self._lease(bin_, size)
+        try:
+            if not (has_leased or bin_.stack or bin_.is_large):
+                self._add_spare(bin_, size)
+            if zero:
+                self._heap.mapping.zero(block.address, size)
+            word = block._base + (size or bin_.form.size_mask)
+        except BaseException:
+            bin_.stack.append(block)
+            raise
+        block._word = word
+        self._words[block.slot] = word
+        return block
 
     def allocate_cached(self, size: int) -> Block | None:
         """A block for `size` bytes from its bin; None if that is empty."""
-        with self._lock:
-            bin_ = self._bin_for(size)
-            if not bin_.stack:
-                return None
-            block = self._pop(bin_)
-            if block is not None:
-                block._word = word = block._base + (size or bin_.form.size_mask)
-                self._words[block.slot] = word
-            return block
+        bin_ = self._bin_for(size)
+        block = self._pop(bin_) if bin_.stack else None
+        if block is not None:
+            block._word = word = block._base + (size or bin_.form.size_mask)
+            self._words[block.slot] = word
+        return block
 
     def _pop(self, bin_: Bin) -> Block | None:
-        """A cached block of the bin, or of a little larger one: that saves a round trip."""
+        """A cached block of the bin, or of a little larger one: that saves a round trip. But blocks of whole pages
+        begin on a page, and those of slabs do not."""
         for key in range(bin_.key, bin_.key + 1 + _NEIGHBOURS):
             candidate = self._bins.get(key)
-            if candidate is not None and len(candidate.stack) >= (_SPARE_BLOCKS if key > bin_.key else 1):
+            if candidate is not None and (candidate.form is RUN_WORD or bin_.form is SLAB_WORD):
                 try:
                     block: Block = candidate.stack.pop()
                 except IndexError:
-                    continue  # another thread was faster
+                    continue  # empty, or another thread was faster
                 return block if getrefcount(block) == 2 else self._fresh(candidate, block)
         return None
+
+    def _add_spare(self, bin_: Bin, size: int) -> None:
+        """Lease one block more, once a bin was emptied by `_PATIENCE` calls: one that is allocated and freed in turn is
+        always in the way of itself, and the hot path needs two."""
+        bin_.emptied += 1
+        if bin_.emptied == _PATIENCE:
+            with suppress(HeapFullError):
+                bin_.stack.append(self._grant(bin_, self._ask(size, 1)[0]))
+                bin_.leased += 1
 
     def _fresh(self, bin_: Bin, block: Block) -> Block:
         """A new object for the memory of a cached block whose object somebody still refers to."""
@@ -221,77 +252,56 @@ class FrontEnd:
             grants = self._ask(size, 1)
         bin_.batch = count
         bin_.leased += len(grants)
-        mapping, executable = self._heap.mapping, self._heap.is_executable
-        blocks = []
-        for slot, address, generation, extent, _ in grants:
-            if executable or mapping.has_executable_pages:
-                mapping.protect(address, extent, executable=executable)
-            blocks.append(self._make(bin_, slot, address, generation))
+        blocks = [self._grant(bin_, grant) for grant in grants]
         first = blocks.pop(0)
         bin_.stack.extend(reversed(blocks))  # lowest addresses on top
         self._set_limit(bin_, room - bin_.extent * len(blocks))
         return first
 
+    def _grant(self, bin_: Bin, grant: Any) -> Block:
+        slot, address, generation, extent, _ = grant
+        mapping, executable = self._heap.mapping, self._heap.is_executable
+        if executable or mapping.has_executable_pages:
+            mapping.protect(address, extent, executable=executable)
+        return self._make(bin_, slot, address, generation)
+
     def _ask(self, size: int, count: int) -> list[Any]:
-        call, heap_id = self._heap.session.call, self._heap.id
+        heap = self._heap
         if size > _MAX_LEASE:
-            return [call(ask.HeapAlloc(heap_id, size))]
-        grants: list[Any] = call(ask.HeapLease(heap_id, size, count))
+            return [heap.ask_for_block(size)]
+        grants: list[Any] = heap.session.call(ask.HeapLease(heap.id, size, count))
         return grants
 
     # -- free --------------------------------------------------------------------------------------------------------
-    def take_back(self, block: Block) -> None:
-        """Put an allocated block, of whatever origin, in its bin; its views are released.
-
-        Raises: DoubleFreeError, StaleHandleError; nothing has changed.
-        """
-        if self._owner == threading.get_ident():
-            self._queued.append(block)
-            return
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                self._take_back(block)
-            finally:
-                self._owner = 0
-        if self._queued:
-            self._free_queued()
-
-    def _take_back(self, block: Block) -> None:
-        bin_ = self._bin_of(block)
-        word = check_busy(self._words[block.slot], block, bin_.form)
+    def take_back(self, block: Block, word: int) -> None:
+        """Put an allocated block, of whatever origin, in its bin. `word`: its state word; its views are released."""
+        bin_ = self._bin_of(self._heap.extent_of(block, word))
         generation = bin_.form.generation(word)
         is_own = type(block) is bin_.block_type
         if not is_own or block._word != word:
             # A handle was made, or the object came by one, or by a fork: others may name this block.
             generation = bin_.form.next_generation(generation)
         cached = block if is_own else self._make(bin_, block.slot, block.address, generation)
-        cached._base = bin_.form.cached(self.session, generation)
-        if len(bin_.stack) >= bin_.limit:
+        base = bin_.form.cached(self.session, generation)
+        if bin_.is_large or len(bin_.stack) >= bin_.limit:
             self._make_room(bin_)
+        cached.extent, cached._base = bin_.extent, base
         block._word = cached._word = 0
-        self._words[block.slot] = cached._base
+        self._words[block.slot] = base
         bin_.stack.append(cached)
-
-    def _free_queued(self) -> None:
-        while self._queued:
-            try:
-                block = self._queued.popleft()
-            except IndexError:
-                return
-            if not block.is_free:
-                self.take_back(block)
+        if bin_.extent > _LARGE_CACHE:
+            self._give_back([bin_.stack.pop()])
 
     def _make_room(self, bin_: Bin) -> None:
         """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""
         room = self._room(bin_)
         if room <= bin_.extent:
-            doomed: list[tuple[Bin, list[Any]]] = []
-            bins = [other for other in self._bins.values() if other.is_large == bin_.is_large and other.stack]
+            doomed: list[Block] = []
+            bins = [other for other in self if other.is_large == bin_.is_large and other.stack]
             goal = room + max(sum(other.cached for other in bins) // 4, bin_.extent)
             for other in sorted(bins, key=lambda other: other.cached, reverse=True):
                 count = (len(other.stack) + 1) // 2
-                doomed.append((other, other.stack[:count]))
+                doomed += other.stack[:count]
                 del other.stack[:count]
                 room += count * other.extent
                 if room >= goal:
@@ -299,53 +309,47 @@ class FrontEnd:
             self._give_back(doomed)
         self._set_limit(bin_, room)
 
-    def _give_back(self, doomed: list[tuple[Bin, list[Any]]]) -> None:
-        addresses = [block.address for _, blocks in doomed for block in blocks]
-        try:
-            for at in range(0, len(addresses), ask.MAX_BATCH):
-                part = addresses[at : at + ask.MAX_BATCH]
-                self._heap.session.call(ask.HeapGiveBack(self._heap.id, part))
-        except DaemonError:
-            for bin_, blocks in doomed:
-                bin_.stack[:0] = blocks  # it will answer again, and not know of what it never heard
+    def _give_back(self, doomed: list[Block]) -> None:
+        """Give blocks back that are in no bin any more. Without an answer nobody knows whose they are: they stay out of
+        the bins, and giving everything back finds them, should they still be ours."""
+        with suppress(DaemonError):
+            self._heap.tell_given_back([block.address for block in doomed])
 
     # -- all of it ---------------------------------------------------------------------------------------------------
-    def give_back_all(self) -> None:
-        """Give back every cached block, also what an interrupted call dropped. Raises: DaemonError."""
-        with self._lock:
-            for bin_ in self._bins.values():
-                bin_.stack.clear()
-            self._heap.session.call(ask.HeapGiveBack(self._heap.id, [], True))
+    def stop_frees(self) -> None:
+        """Have every free take the slow path from now on."""
+        for bin_ in self:
+            bin_.set(0)
 
-    def abandon(self) -> None:
-        """Use nothing of this any more, and ask nobody: the session is another one now, or the heap is gone."""
-        for bin_ in self._bins.values():
-            bin_.limit = 0
-            bin_.set_limit(0)
-            bin_.stack.clear()
+    def empty(self) -> list[int]:
+        """Have every call take the slow path from now on. Returns: addresses of what was cached."""
+        self.stop_frees()
         self._stack_of.clear()
-        self._lock = threading.RLock()  # a forked child may have inherited it held
+        addresses = []
+        for bin_ in self:
+            addresses += [block.address for block in bin_.stack]
+            bin_.stack.clear()
+        return addresses
 
     def inherit(self, old: FrontEnd) -> None:
-        """Take over what another front end of this session caches. The blocks that it gave out are not this one's
-        own: when they are freed, their memory gets another generation."""
-        with old._lock:
-            for bin_ in old:
-                new = self._bins.get(bin_.key) or self._add_bin(bin_.key)
-                new.batch, new.leased = bin_.batch, bin_.leased
-                generation = bin_.form.generation
-                while bin_.stack:
-                    block = bin_.stack.pop(0)
-                    new.stack.append(self._make(new, block.slot, block.address, generation(block._base)))
-                self._set_limit(new, self._room(new))
-            old.abandon()
+        """Take over what another front end of this session caches, whose frees stop. The blocks that it gave
+        out are not this one's own: when they are freed, their memory gets another generation."""
+        old.stop_frees()
+        for bin_ in old:
+            new = self._bins.get(bin_.key) or self._add_bin(bin_.key)
+            new.batch, new.leased = bin_.batch, bin_.leased
+            generation = bin_.form.generation
+            blocks, bin_.stack[:] = bin_.stack[:], []
+            new.stack += [self._make(new, block.slot, block.address, generation(block._base)) for block in blocks]
+            self._set_limit(new, self._room(new))
+        old.empty()
 
     def take_count(self) -> int:
         """Acquisitions of the mutex by the hot path since the last call."""
-        return sum(take() for take in self._counts)
+        return self._take_count() + sum(bin_.take_count() for bin_ in self)
 
     def cached_bytes(self) -> int:
-        return sum(len(bin_.stack) * bin_.extent for bin_ in self._bins.values())
+        return sum(bin_.cached for bin_ in self)
 
     def __iter__(self) -> Iterator[Bin]:
         return iter(list(self._bins.values()))

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import count as count_from
 from operator import index
+from threading import get_ident
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from heapd.errors import (
     CannotResizeInPlaceError,
     ClosedError,
     DaemonError,
     DoubleFreeError,
+    HeapdError,
     InvalidArgumentError,
     NoSuchNameError,
     NotABlockError,
@@ -25,11 +28,7 @@ from heapd.errors import (
     WaitTimeoutError,
     WrongHeapError,
 )
-from heapd.layout import (
-    F_FREE_ORPHANS,
-    Handle,
-)
-from heapd.mutex import held
+from heapd.layout import F_FREE_ORPHANS, RUN_WORD, Handle
 from heapd.records import Entry, EntryKind, HeapStatistics, Publication, Violation
 from heapd.sizeclass import class_of
 from heapd.units import PAGE_SHIFT, pages_for
@@ -37,11 +36,7 @@ from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
 from .block import Block
-from .frontend import check_busy
-from .heapcore import HeapCore
-
-if TYPE_CHECKING:
-    pass
+from .heapcore import HeapCore, deferred, working
 
 __all__ = ["Heap"]
 
@@ -76,36 +71,78 @@ class Heap(HeapCore):
         """For the front end: alloc where its hot function does not suffice."""
         size = _as_size(size)
         self.check()
-        if not self._is_serialized:
-            return self._alloc(size, zero, popped)
-        with held(self._mutex, self.session.timeout):
-            self._words[self._acquired] += 1
-            return self._alloc(size, zero, popped)
+        block = None
+        try:
+            with self._hold():
+                self._count()
+                block = self._alloc(size, zero, popped)
+            if deferred:
+                self._free_deferred()
+        except BaseException:  # of a signal handler, at the end of `with`: nobody will ever hear of the block
+            if block is not None:
+                self._regret(block)
+            raise
+        return block
 
     def _alloc(self, size: int, zero: bool, popped: Block | None = None) -> Block:
-        front = self._front_end()
-        if front is not None:
-            return front.allocate(size, zero, popped)
-        slot, address, generation, extent, fresh = self.session.call(ask.HeapAlloc(self.id, size))
-        block = self._block(slot, address, generation, extent, size)
-        if zero or self.mapping.has_executable_pages or self.is_executable:
-            self._prepare(block, zero and not fresh)
+        if not self.session.has_front_ends:
+            return self._alloc_there(size, zero)
+        me, block = get_ident(), None
+        is_outer = me not in working
+        try:
+            try:
+                with self._gate:
+                    front = self._front_end()
+                    working.add(me)
+                    block = front.allocate(size, zero, popped) if front is not None else self._alloc_there(size, zero)
+            finally:
+                if is_outer:
+                    working.discard(me)
+        except BaseException:
+            if block is not None:
+                self._regret(block)
+            raise
         return block
+
+    def _alloc_there(self, size: int, zero: bool) -> Block:
+        """Have the daemon allocate a block."""
+        request, grant = ask.HeapAlloc(self.id, size), None
+        try:
+            grant = self.session.call(request)
+            slot, address, generation, extent, fresh = grant
+            block = self._block(slot, address, generation, extent, size)
+            if zero or self.mapping.has_executable_pages or self.is_executable:
+                self.mapping.protect(address, max(extent, 1), executable=self.is_executable)
+                if zero and not fresh:
+                    self.mapping.zero(address, size)
+        except BaseException as error:
+            if grant is not None:
+                self.session.give_back_later(self.id, grant[1], grant[2])
+            elif not isinstance(error, HeapdError):
+                self.session.regret(request)
+            raise
+        return block
+
+    def ask_for_block(self, size: int) -> Any:
+        """For the front end: have the daemon allocate a block too large to be leased, and cache it. Its Grant."""
+        request, grant = ask.HeapAlloc(self.id, size), None
+        try:
+            grant = self.session.call(request)
+            self._words[grant[0]] -= size  # CACHED: what else a signal handler may raise costs us no block
+        except BaseException as error:
+            if grant is None and not isinstance(error, HeapdError):
+                self.session.regret(request)
+            raise
+        return grant
+
+    def _regret(self, block: Block) -> None:
+        """Have a block that we allocated, and can give to nobody, freed."""
+        self.session.give_back_later(self.id, block.address, block.generation)
 
     def _block(self, slot: int, address: int, generation: int, extent: int, size: int) -> Block:
         """The object for a block that the daemon has allocated for this session."""
         word = self.mapping.shape.word_format(slot).busy(self.session.number, generation, size)
         return Block(self, slot, address, extent, word)
-
-    def _prepare(self, block: Block, zero: bool) -> None:
-        """Make a block just granted what was asked for; it is given back if that fails."""
-        try:
-            self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
-            if zero:
-                self.mapping.zero(block.address, block.size)
-        except BaseException:
-            self.session.give_back_later(self.id, block.address, block.generation)
-            raise
 
     def alloc_many(self, sizes: int | Iterable[int], count: int | None = None, *, zero: bool = False) -> list[Block]:
         """Allocate several blocks in few round trips; all of them or none.
@@ -123,69 +160,113 @@ class Heap(HeapCore):
         else:
             wanted = [_as_size(size) for size in sizes]
         self.check()
-        with self._hold():
-            self._count()
-            front = self._front_end()
-            found = [front.allocate_cached(size) for size in wanted] if front is not None else [None] * len(wanted)
-            granted: list[Block] = []
-            try:
-                if zero:
-                    for block in filter(None, found):
-                        self.mapping.zero(block.address, block.size)
-                missing = [size for size, block in zip(wanted, found, strict=True) if block is None]
+        blocks: list[Block] = []
+        try:
+            with self._hold():
+                self._count()
+                places = self._alloc_cached(wanted, zero, blocks)
+                missing = [size for size, place in zip(wanted, places, strict=True) if place is None]
                 for at in range(0, len(missing), MAX_BATCH):
-                    self._alloc_batch(missing[at : at + MAX_BATCH], zero, granted)
-            except BaseException:
-                for block in (*filter(None, found), *granted):
-                    self.session.give_back_later(self.id, block.address, block.generation)
-                self.session.give_back()
-                raise
-        rest = iter(granted)
-        return [block if block is not None else next(rest) for block in found]
+                    self._alloc_batch(missing[at : at + MAX_BATCH], zero, blocks)
+        except BaseException:
+            for block in blocks:
+                self._regret(block)
+            self.session.give_back()
+            raise
+        granted = count_from(len(places) - len(missing))
+        return [blocks[next(granted) if place is None else place] for place in places]
+
+    def _alloc_cached(self, sizes: list[int], zero: bool, blocks: list[Block]) -> list[int | None]:
+        """Take from the front end what it has, to the end of `blocks`. Returns: each size's place there."""
+        with self._enter():
+            front = self._front_end()
+            places: list[int | None] = []
+            for size in sizes:
+                block = front.allocate_cached(size) if front is not None else None
+                places.append(None if block is None else len(blocks))
+                if block is not None:
+                    blocks.append(block)
+                    if zero:
+                        self.mapping.zero(block.address, size)
+        return places
 
     def _alloc_batch(self, sizes: list[int], zero: bool, blocks: list[Block]) -> None:
-        grants = self.session.call(ask.HeapAllocMany(self.id, sizes))
+        request, grants = ask.HeapAllocMany(self.id, sizes), None
         first = len(blocks)
-        blocks += [
-            self._block(slot, address, generation, extent, size)
-            for (slot, address, generation, extent, _), size in zip(grants, sizes, strict=True)
-        ]
-        if zero or self.mapping.has_executable_pages or self.is_executable:
-            for block, grant in zip(blocks[first:], grants, strict=True):
-                self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
-                if zero and not grant[4]:
-                    self.mapping.zero(block.address, block.size)
+        try:
+            grants = self.session.call(request)
+            for (slot, address, generation, extent, fresh), size in zip(grants, sizes, strict=True):
+                blocks.append(self._block(slot, address, generation, extent, size))
+                if zero or self.mapping.has_executable_pages or self.is_executable:
+                    self.mapping.protect(address, max(extent, 1), executable=self.is_executable)
+                    if zero and not fresh:
+                        self.mapping.zero(address, size)
+        except BaseException as error:
+            del blocks[first:]
+            for _, address, generation, _, _ in grants or ():
+                self.session.give_back_later(self.id, address, generation)
+            if grants is None and not isinstance(error, HeapdError):
+                self.session.regret(request)
+            raise
 
     def free(self, block: Block) -> None:
         """Give a block of this heap back. Raises: as Block.free; WrongHeapError if it is of another heap."""
+        self._free_now(block)
+        if deferred:
+            self._free_deferred()
+
+    def _free_now(self, block: Block) -> None:
         self.check()
         self._check_own(block)
         block.release_views()
-        if self._is_serialized:
-            with held(self._mutex, self.session.timeout):
-                self._words[self._acquired] += 1
-                self._free(block)
-        else:
+        if get_ident() in working:
+            deferred.append((self, block))
+            return
+        with self._hold():
+            self._count()
             self._free(block)
 
-    def _free(self, block: Block) -> None:
-        front = self._front_end()
-        if front is not None and self._is_ours_to_cache(block):
-            front.take_back(block)
-            return
-        try:
-            self.session.call(ask.HeapFree(self.id, block.address, block.generation))
-        except NotABlockError:
-            raise _freed(block) from None
-        block.forget()
+    def _free_deferred(self) -> None:
+        """Free what finalisers could not."""
+        while deferred and get_ident() not in working:
+            try:
+                heap, block = deferred.popleft()
+            except IndexError:
+                return  # another thread was faster
+            with suppress(HeapdError):  # a finaliser cannot be told
+                heap._free_now(block)
 
-    def _is_ours_to_cache(self, block: Block) -> bool:
+    def _free(self, block: Block) -> None:
+        if not self.session.has_front_ends or not self._free_here(block):
+            try:
+                self.session.call(ask.HeapFree(self.id, block.address, block.generation))
+            except NotABlockError:
+                raise _freed(block) from None
+            block.forget()
+
+    def _free_here(self, block: Block) -> bool:
+        """Free a block to the front end; False if it is not ours to cache."""
+        me = get_ident()
+        is_outer = me not in working
+        try:
+            with self._gate:
+                front = self._front_end()
+                word = self.word_of(block)
+                if front is None or not self._is_ours_to_cache(word, block):
+                    return False
+                working.add(me)
+                front.take_back(block, word)
+        finally:
+            if is_outer:
+                working.discard(me)
+        return True
+
+    def _is_ours_to_cache(self, word: int, block: Block) -> bool:
         """Whether the state word of an allocated block is this session's to write. In a heap that frees the blocks
         of sessions that died, the daemon may be about to do that to somebody else's."""
         if not self.info.flags & F_FREE_ORPHANS:
             return True
-        form = self.mapping.shape.word_format(block.slot)
-        return form.session(self._words[block.slot]) == self.session.number
+        return self.mapping.shape.word_format(block.slot).session(word) == self.session.number
 
     def free_many(self, blocks: Iterable[Block]) -> None:
         """Give several blocks back. All are checked before any is freed.
@@ -204,11 +285,11 @@ class Heap(HeapCore):
             block.release_views()
         with self._hold():
             self._count()
-            if self._front_end() is None:
+            if not self.session.has_front_ends:
                 self._free_batches(doomed)
                 return
             for block in doomed:
-                check_busy(self._words[block.slot], block, self.mapping.shape.word_format(block.slot))
+                self.word_of(block)
             for block in doomed:
                 self._free(block)
 
@@ -234,37 +315,43 @@ class Heap(HeapCore):
         block.release_views()
         with self._hold():
             self._count()
-            old_size = block.size
+            old_size = self.mapping.shape.word_format(block.slot).size(self.word_of(block))
             if not self._resize_here(block, size, in_place_only):
-                self._resize_there(block, size, in_place_only)
+                self._resize_there(block, old_size, size, in_place_only)
             if zero and size > old_size:
                 self.mapping.zero(block.address + old_size, size - old_size)
         return block
 
     def _resize_here(self, block: Block, size: int, in_place_only: bool) -> bool:
         """Resize within what the block occupies by storing its word; False if that is not possible, or too wasteful."""
-        if self._front_end() is None or size > block.extent or not self._is_ours_to_cache(block):
+        if not self.session.has_front_ends:
             return False
         form = self.mapping.shape.word_format(block.slot)
-        if self.mapping.shape.is_run_slot(block.slot):
-            if max(pages_for(size), 1) << PAGE_SHIFT != block.extent:
+        with self._gate:  # so that the session does not end in between
+            self.check()
+            word = self.word_of(block)
+            extent = self.extent_of(block, word)
+            if size > extent or not self._is_ours_to_cache(word, block):
                 return False
-        elif not in_place_only and class_of(size).extent * 2 < block.extent:
-            return False
-        word = check_busy(self._words[block.slot], block, form)
-        word = form.busy(form.session(word), form.generation(word), size)
-        self._words[block.slot] = word
-        block.become(block.slot, block.address, block.extent, -word if block.has_handle else word)
+            if form is RUN_WORD:
+                if max(pages_for(size), 1) << PAGE_SHIFT != extent:
+                    return False
+            elif not in_place_only and class_of(size).extent * 2 < extent:
+                return False
+            word = form.busy(form.session(word), form.generation(word), size)
+            own = -word if block.has_handle else word
+            self._words[block.slot] = word
+            block.become(block.slot, block.address, extent, own)
         return True
 
-    def _resize_there(self, block: Block, size: int, in_place_only: bool) -> None:
+    def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
         """Have the daemon resize the block, or move it."""
         try:
             grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size, in_place_only))
         except CannotResizeInPlaceError:
             if in_place_only:
                 raise
-            self._move(block, size)
+            self._move(block, old_size, size)
         except NotABlockError:
             raise _freed(block) from None
         else:
@@ -272,20 +359,26 @@ class Heap(HeapCore):
             block.become(slot, address, extent, -self._words[slot])
             self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
 
-    def _move(self, block: Block, size: int) -> None:
+    def _move(self, block: Block, old_size: int, size: int) -> None:
         """Make `block` a larger or smaller one elsewhere, with the same first bytes."""
-        new = self._alloc(size, False)
-        old = Block(self, block.slot, block.address, block.extent, -block.word)
+        new = None
         try:
-            self.mapping.copy(new.address, block.address, min(block.size, size))
-            self._free(old)
-        except DaemonError:
-            # Nobody knows whether the old one is free now: keep the copy, and ask again later.
-            self.session.give_back_later(self.id, old.address, old.generation)
+            new = self._alloc(size, False)
+            old, word = Block(self, block.slot, block.address, block.extent, -block.word), new.word
+            self.mapping.copy(new.address, block.address, min(old_size, size))
         except BaseException:
-            self._free(new)
+            if new is not None:
+                self._regret(new)
             raise
-        block.become(new.slot, new.address, new.extent, -new.word)
+        # Nothing is called here: no signal handler gets between the two.
+        block.slot, block.address, block.extent, block._word = new.slot, new.address, new.extent, -word
+        try:
+            self._free(old)
+        except BaseException as error:
+            # Is the old one free? Ask again later.
+            self._regret(old)
+            if not isinstance(error, DaemonError):
+                raise
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def walk(self) -> Iterator[Entry]:
@@ -321,23 +414,25 @@ class Heap(HeapCore):
         self.check()
         with self._hold():
             self._count()
-            self.release_cache()
+            self.release_cache(thorough=True)
             largest: int = self.session.call(ask.HeapCompact(self.id))
         return largest
 
     def trim(self) -> None:
         """Give the free blocks that this session caches back to the heap. Raises: DaemonError."""
         self.check()
+        self._free_deferred()
         with self._hold():
             self._count()
-            self.release_cache()
+            self.release_cache(thorough=True)
 
     def statistics(self) -> HeapStatistics:
         """Bytes and counts of the heap; the parts add up."""
         self.check()
         if self._front is not None:
-            with self._hold():
-                self._words[self._acquired] += self._front.take_count()
+            with self._hold(), self._enter():
+                if self._front is not None:
+                    self.count_acquisitions(self._front.take_count())
         return HeapStatistics(*self.session.call(ask.HeapStatisticsGet(self.id)))
 
     # -- names -------------------------------------------------------------------------------------------------------
@@ -405,7 +500,8 @@ class Heap(HeapCore):
         """
         self.check()
         self.session.call(ask.HeapDestroy(self.id))
-        self._drop_front()
+        with self._enter():
+            self._drop_front()
         self.session.forget(self)
 
     def close(self) -> None:
@@ -414,7 +510,9 @@ class Heap(HeapCore):
             return
         with suppress(LookupError):  # gone already
             self.check()
-            self.release_cache()
+            self._free_deferred()
+            with self._hold():
+                self.release_cache(thorough=True)
             self.session.call(ask.HeapClose(self.id))
         self.session.forget(self)
         self.mark_closed()

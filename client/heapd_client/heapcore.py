@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+import threading
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext, suppress
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from heapd.errors import (
-    ClosedError,
-    HeapDestroyedError,
-)
+from heapd.errors import ClosedError, HeapDestroyedError, LockTimeoutError, StaleHandleError
 from heapd.layout import (
     C_ACQUIRED,
     C_CONTENDED,
@@ -21,20 +21,32 @@ from heapd.layout import (
     F_EXECUTABLE,
     F_SERIALIZE,
     HEAP_INDEX_BITS,
+    PAGE_COMMITTED,
+    RUN_WORD,
+    SLAB_WORD,
+    WORD,
 )
 from heapd.mutex import Mutex, held
 from heapd.records import HeapInfo
+from heapd.units import PAGE_SHIFT, PAGE_SIZE, pages_for
+from heapd.wire import messages as ask
 
-from .frontend import FrontEnd
-from .hotpath import Lock
+from .frontend import FrontEnd, check_busy
+from .hotpath import Lock, is_quiet
 from .locking import HeldLock
 
 if TYPE_CHECKING:
+    from .block import Block
     from .heap import Heap
     from .mapping import Mapping
     from .session import Session
 
-__all__ = ["HeapCore"]
+__all__ = ["HeapCore", "deferred", "working"]
+
+# Threads (by ident) that are in some front end now. What a finaliser frees there waits in `deferred`: the lists are in
+# the middle of a change, and to wait for another heap's gate or mutex could be to wait for ever.
+working: Final[set[int]] = set()
+deferred: Final[deque[tuple[Heap, Block]]] = deque()
 
 
 class HeapCore:
@@ -59,8 +71,14 @@ class HeapCore:
         self.is_executable = bool(info.flags & F_EXECUTABLE)
         self._is_closed = False
         self.live_slot = self._control + C_LIVE
+        self._slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
         self._live_word = info.epoch << 1 | 1
         self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
+        self._had_front = False
+        self._is_paused = False
+        self._is_releasing = False
+        self._gate = threading.RLock()  # of the front end, in this process; taken after the mutex
+        self._harmless = {HeapCore._settle.__code__, type(self).alloc_slow.__code__}  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         return f"<Heap {self.info.name or 'anonymous'!r} id={self.id:#x}>"
@@ -90,38 +108,93 @@ class HeapCore:
             if word is None:
                 raise HeapDestroyedError(f"the heap {self.info.name or self.id} was destroyed", heap=self.id)
             self._live_word = word
-            self.release_cache()
 
-    def release_cache(self) -> None:
-        """Give back what is cached here, and start with empty caches. Raises: DaemonError."""
-        front = self._front
-        if front is not None:
-            self._drop_front()
-            front.give_back_all()
-
-    def _drop_front(self) -> None:
-        if self._front is not None:
-            self._words[self._acquired] += self._front.take_count()
-            self._front.abandon()
-            self._front = None
-            self.__dict__.pop("alloc", None)
+    # -- the front end -----------------------------------------------------------------------------------------------
+    def _enter(self) -> AbstractContextManager[object]:
+        """The gate, round what is done with the front end: one thread at a time, and `release_cache` at another."""
+        return self._gate if self.session.has_front_ends else nullcontext()
 
     def _front_end(self) -> FrontEnd | None:
-        """The front end, made now if need be; None in a session without front ends."""
-        if self._front is None and self.session.has_front_ends:
-            session = self.session.number
-            self.check()
-            return self._new_front(session)
-        return self._front
+        """The front end, inside `_enter`; made now if there is none, or it is of an earlier epoch. None in a session
+        without front ends, and in a finaliser that runs while everything is given back."""
+        self.check()
+        front = self._front
+        if front is not None and (front.live == self._live_word or get_ident() in working):
+            return front
+        if self._is_releasing or not self.session.has_front_ends:
+            return None
+        session = self.session.number
+        self.release_cache()
+        return self._front or self._new_front(session)
 
     def _new_front(self, session: int) -> FrontEnd:
         lock = None
         if self._is_serialized:
-            mutex, timeout = self._mutex, self.session.timeout
-            lock = Lock(mutex.trylock, mutex.unlock, lambda status: mutex.settle(status, timeout), self._undo)
+            lock = Lock(self._mutex.trylock, self._mutex.unlock, self._settle, self._undo)
         front = self._front = FrontEnd(cast("Heap", self), session, self._live_word, lock)
+        self._had_front = True
         self.__dict__["alloc"] = front.alloc
         return front
+
+    def release_cache(self, *, thorough: bool = False) -> None:
+        """Give back what is cached here, and start with empty caches.
+
+        Args:   thorough (also what interrupted calls lost, if no front end has anything).
+        Raises: DaemonError.
+        """
+        with self._enter():
+            if self._is_releasing:
+                return
+            me = get_ident()
+            if me in working:  # in `reclaim`, or a finaliser: what is there is needed yet
+                if self._front is not None:
+                    self.tell_given_back(self._front.empty())
+                return
+            try:
+                working.add(me)
+                self._is_releasing = True
+                addresses = self._drop_front()
+                if not addresses and not (thorough and self._had_front):
+                    return
+                if is_quiet(self._harmless):
+                    self.session.call(ask.HeapGiveBack(self.id, [], True))
+                else:
+                    self.tell_given_back(addresses)
+            finally:
+                self._is_releasing = False
+                working.discard(me)
+
+    def release_cache_if_idle(self) -> None:
+        """As release_cache, but not now if another thread or process is at work with the heap: its turn will come."""
+        with suppress(LockTimeoutError), held(self._mutex, 0) if self._is_serialized else nullcontext():
+            try:
+                if self._gate.acquire(blocking=False):
+                    self.release_cache()
+            finally:
+                if self._gate._is_owned():  # type: ignore[attr-defined]
+                    self._gate.release()
+
+    def tell_given_back(self, addresses: list[int]) -> None:
+        """Give cached blocks back to the daemon. Raises: DaemonError."""
+        for at in range(0, len(addresses), ask.MAX_BATCH):
+            self.session.call(ask.HeapGiveBack(self.id, addresses[at : at + ask.MAX_BATCH]))
+
+    def count_acquisitions(self, count: int) -> None:
+        """Add to the counter of the mutex, which the caller holds."""
+        self._words[self._acquired] += count
+
+    def _drop_front(self) -> list[int]:
+        """Use the front end no longer. Returns: addresses of what it cached."""
+        front, self._front = self._front, None
+        self.__dict__.pop("alloc", None)
+        if front is None:
+            return []
+        self.count_acquisitions(front.take_count())
+        return front.empty()
+
+    def _settle(self, status: int) -> object:
+        """For the hot path: wait for the mutex."""
+        return self._mutex.settle(status, self.session.timeout)
 
     def _undo(self, status: int | None) -> None:
         """Give the mutex up, as a hot function's `status` tells; see hotpath.Lock."""
@@ -133,6 +206,23 @@ class HeapCore:
             mutex.release()
         elif status > 0:
             mutex.unwind(0)  # it waited, so it did not hold it before
+
+    # -- blocks as the arena shows them ------------------------------------------------------------------------------
+    def word_of(self, block: Block) -> int:
+        """The state word of an allocated block. Raises: DoubleFreeError, StaleHandleError."""
+        slot = block.slot
+        if slot < self._slabs:
+            return check_busy(self._words[slot], block, RUN_WORD)
+        # A slab may be gone; to read there would commit its page.
+        if self.mapping.page(slot // (PAGE_SIZE // WORD)).state != PAGE_COMMITTED:
+            raise StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
+        return check_busy(self._words[slot], block, SLAB_WORD)
+
+    def extent_of(self, block: Block, word: int) -> int:
+        """Bytes that an allocated block occupies. Another process may have resized a run since we looked."""
+        if block.word_here == word or block.slot >= self._slabs:
+            return block.extent
+        return max(pages_for(RUN_WORD.size(word)), 1) << PAGE_SHIFT
 
     def _find_live_word(self) -> int | None:
         """The live word, None if the heap is no more or its control block serves another one."""
@@ -196,22 +286,43 @@ class HeapCore:
         if self._is_serialized:
             self._words[self._acquired] += 1
             self.check()
+        front = self._front
+        if front is not None and front.live != self._live_word:
+            self.release_cache()
 
-    def mark_closed(self) -> None:
-        """For the session: its end, or this heap's."""
+    # -- the end, and forks ------------------------------------------------------------------------------------------
+    def mark_closed(self, patience_s: float = 1.0) -> None:
+        """For the session: its end, or this heap's. No thread makes use of what is cached from now on, unless one is
+        stuck for `patience_s` seconds."""
         self._is_closed = True
-        self._drop_front()
+        is_ours = self._gate.acquire(timeout=patience_s)
+        try:
+            if self._drop_front():
+                is_quiet(self._harmless)
+        finally:
+            if is_ours:
+                self._gate.release()
+
+    def prepare_fork(self) -> None:
+        """In the parent, before a fork: what other threads free until `has_forked` waits, because the child gets
+        copies of all Block objects, which must go stale when freed here."""
+        self._is_paused = self._gate.acquire(timeout=self.session.timeout)
+        if self._front is not None:
+            self._front.stop_frees()
 
     def has_forked(self) -> None:
-        """In the parent of a fork: the child has copies of all Block objects, which must go stale when freed here."""
+        """In the parent, after it."""
         front = self._front
         if front is not None:
-            self._words[self._acquired] += front.take_count()
+            self.count_acquisitions(front.take_count())
             self._new_front(front.session).inherit(front)
+        if self._is_paused:
+            self._gate.release()
 
     def forked(self) -> None:
-        """In a forked child: what is cached is the parent's."""
+        """In the child: what is cached is the parent's."""
+        self._gate = threading.RLock()
         if self._front is not None:
-            self._front.abandon()
+            self._front.empty()
             self._front = None
             self.__dict__.pop("alloc", None)

@@ -15,19 +15,33 @@ are closures, not methods, and each trick is here for its nanoseconds (scripts/b
 
 Exactness under signals, which CPython looks for after calls: in alloc nothing is called after the store, in free
 nothing after the push. In a serialized heap the last call gives the mutex up, and what a signal handler raises out of
-it undoes an alloc. Between the test and the store of `free` nothing is called either: no other thread of this process
-can free the same block there.
+it undoes an alloc. Threads change after calls, too. So between the tests and the store of `free` nothing is called: no
+other thread of this process can free the same block there, or have the front end stop. Between the pop and the store
+of `alloc` something is: `is_quiet` tells who gives everything back whether a thread stands there.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from sys import getrefcount
+from threading import get_ident
+from time import monotonic, sleep
+from types import CodeType
 from typing import Any, Final, NamedTuple
 
 from .block import IDLE_EXPORTER, Block
 
-__all__ = ["RELEASED", "Alloc", "Lock", "make_alloc", "make_block_type", "make_locked_alloc", "make_locked_block_type"]
+__all__ = [
+    "RELEASED",
+    "Alloc",
+    "Lock",
+    "is_quiet",
+    "make_alloc",
+    "make_block_type",
+    "make_locked_alloc",
+    "make_locked_block_type",
+]
 
 Alloc = Callable[..., Block]
 SlowAlloc = Callable[[int, bool, Any], Block]  # size, zero, a cached block that somebody still refers to
@@ -36,7 +50,7 @@ SetLimit = Callable[[int], None]
 TakeCount = Callable[[], int]
 StackOf = dict[int, list[Any]]
 
-_NO_FIT = (LookupError, TypeError, OverflowError)  # an empty stack, a size never seen, none at all, numpy's
+_NO_SIZE: Final = (TypeError, OverflowError)  # the size is none, such as 64.0 (which is a key where 64 is), or numpy's
 
 
 def make_alloc(words: memoryview, live_slot: int, live: int, stack_of: StackOf, slow: SlowAlloc) -> Alloc:
@@ -52,17 +66,29 @@ def make_alloc(words: memoryview, live_slot: int, live: int, stack_of: StackOf, 
                 block._word = word = block._base + size
                 words[block.slot] = word
                 return block  # type: ignore[no-any-return]
-        except _NO_FIT:
+        except LookupError:
             pass
-        except BaseException:
-            if block is not None:
-                stack_of[size].append(block)
-            raise
+        except BaseException as error:
+            _put_back(stack_of, size, block)
+            if not isinstance(error, _NO_SIZE):
+                raise
+            block = None
         return slow(size, zero, block)
 
     return alloc
 
 
+def _put_back(stack_of: StackOf, size: Any, block: Any) -> None:
+    """Cache a block again that an exception kept from being given out. Where the front end has stopped meanwhile, the
+    block is among those that giving everything back finds."""
+    if block is not None:
+        block._word = 0
+        stack = stack_of.get(size)
+        if stack is not None:
+            stack.append(block)
+
+
+_SEEN_BY_BLOCK: Final = 3  # references to a view that nobody else has: the block's, a local name's, getrefcount's
 _view_slowly: Final = Block.view.fget  # type: ignore[attr-defined]
 
 
@@ -79,15 +105,21 @@ def _make_view(words: memoryview, live_slot: int, live: int) -> property:
 
 
 def _is_unseen(block: Any) -> bool:
-    """Drop a block's own view if nobody else refers to it, or to what was made of it; True if that is so."""
-    view, block._view = block._view, None
-    if getrefcount(view) == 2:
-        del view
+    """Drop a block's own view if nobody else refers to it, or to what was made of it; True if that is so.
+
+    A block that others can see has a view at every instant: without one, the next `free` would not look.
+    """
+    view = block._view
+    if view is None or getrefcount(view) != _SEEN_BY_BLOCK:
+        return False
+    try:
+        view = block._view = None
         if getrefcount(block._exporter) == IDLE_EXPORTER:
             return True
+    except BaseException:
         block._view = memoryview(block._buffer)
-        return False
-    block._view = view
+        raise
+    block._view = memoryview(block._buffer)
     return False
 
 
@@ -107,10 +139,10 @@ def make_block_type(
 
         def free(self) -> None:
             if (
-                len(stack) >= limit
+                (self._view is not None and not _is_unseen(self))
+                or len(stack) >= limit
                 or words[live_slot] != live
                 or words[self.slot] != self._word
-                or (self._view is not None and not _is_unseen(self))
             ):
                 return slow(self)
             self._word = 0
@@ -165,15 +197,17 @@ def make_locked_alloc(
                         status = RELEASED
                         unlock()
                         return block  # type: ignore[no-any-return]
-                except _NO_FIT:
+                except LookupError:
                     pass
+                except _NO_SIZE:
+                    _put_back(stack_of, size, block)
+                    block = None
             status = RELEASED
             unlock()
         except BaseException:
             if block is not None:
-                block._word = 0
                 words[block.slot] = block._base
-                stack_of[size].append(block)
+                _put_back(stack_of, size, block)
             undo(status)
             raise
         return slow(size, zero, block)
@@ -215,10 +249,10 @@ def make_locked_block_type(
                     settle(status)
                     status = 0
                 if (
-                    len(stack) < limit
+                    (self._view is None or _is_unseen(self))
+                    and len(stack) < limit
                     and words[live_slot] == live
                     and words[self.slot] == self._word
-                    and (self._view is None or _is_unseen(self))
                 ):
                     count += 1
                     self._word = 0
@@ -235,3 +269,37 @@ def make_locked_block_type(
             return slow(self)
 
     return _Block, set_limit, take_count
+
+
+# -- is a thread between the pop and the store of an alloc? ------------------------------------------------------------
+_ALLOC_CODES: Final = {
+    constant
+    for maker in (make_alloc, make_locked_alloc)
+    for constant in maker.__code__.co_consts
+    if isinstance(constant, CodeType) and constant.co_name == "alloc"
+}
+
+
+def is_quiet(harmless: set[CodeType], patience_s: float = 0.1) -> bool:
+    """Whether no thread stands in a hot alloc of any heap, from where it may still make a block BUSY that it popped.
+    Waits for other threads to leave it, in vain only for one that stands there below us, in a finaliser or handler.
+
+    Args: harmless (functions that alloc calls with nothing popped, or whose caller does not rely on what it popped).
+    """
+    deadline = monotonic() + patience_s
+    while True:
+        standing = [ident for ident, frame in sys._current_frames().items() if _is_allocating(frame, harmless)]
+        if not standing:
+            return True
+        if get_ident() in standing or monotonic() >= deadline:
+            return False
+        sleep(0.0002)
+
+
+def _is_allocating(frame: Any, harmless: set[CodeType]) -> bool:
+    called = None
+    while frame is not None:
+        if frame.f_code in _ALLOC_CODES and called not in harmless:
+            return True
+        called, frame = frame.f_code, frame.f_back
+    return False

@@ -16,6 +16,8 @@ from weakref import WeakSet
 from heapd.errors import StaleHandleError
 from heapd.layout import Handle
 
+from .heapcore import deferred, working
+
 if TYPE_CHECKING:
     from .block import Block
     from .heap import Heap
@@ -27,6 +29,7 @@ _EXIT_PATIENCE_S: Final = 0.5  # what closing all sessions may delay the end of 
 
 _open: WeakSet[Session] = WeakSet()
 _kept: list[Session] = []  # opened to unpickle something
+_forking: list[Session] = []  # the process forks now
 _keeping = threading.Lock()
 _is_hooked = False
 
@@ -38,7 +41,7 @@ def register(session: Session) -> None:
     if not _is_hooked:
         _is_hooked = True
         atexit.register(_close_all)
-        os.register_at_fork(after_in_child=_after_fork, after_in_parent=_in_parent)
+        os.register_at_fork(before=_before_fork, after_in_child=_in_child, after_in_parent=_in_parent)
 
 
 def unregister(session: Session) -> None:
@@ -54,16 +57,26 @@ def _close_all() -> None:
         session.leave(max(deadline - monotonic(), 0.01))
 
 
-def _after_fork() -> None:
+def _before_fork() -> None:
+    _forking[:] = _open
+    for session in _forking:
+        session.prepare_fork()
+
+
+def _in_child() -> None:
     global _keeping
     _keeping = threading.Lock()  # another thread of the parent may have held it
+    _forking.clear()
+    working.clear()
+    deferred.clear()
     for session in list(_open):
         session.forked()
 
 
 def _in_parent() -> None:
-    for session in list(_open):
+    for session in _forking:
         session.has_forked()
+    _forking.clear()
 
 
 def _session_for(endpoint: str, instance: bytes) -> Session:

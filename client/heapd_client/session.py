@@ -102,6 +102,7 @@ class Session:
         self._is_left = False
         self._heaps: dict[int, Heap] = {}
         self._default: Heap | None = None
+        self._paused: list[Heap] = []  # during a fork
         self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
         self._lock = threading.RLock()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -186,6 +187,11 @@ class Session:
     def _ready(self) -> Connection:
         return self._connection or self._reconnect()
 
+    def regret(self, request: Request) -> None:
+        """A call that was interrupted: what it was or will be granted is wanted by nobody."""
+        if self._connection is not None:
+            self._connection.regret(request)
+
     def give_back_later(self, heap_id: int, address: int, generation: int) -> None:
         """Have a block that nobody will ever get freed before the next call. Asks nobody now."""
         self._strays.append((heap_id, address, generation))
@@ -213,14 +219,21 @@ class Session:
     def reclaim(self) -> None:
         """Memory is short: give back what this session caches, and ask all others to do so at their next operation."""
         for heap in list(self._heaps.values()):
-            with suppress(LookupError):
-                heap.release_cache()
+            with suppress(LookupError, ClosedError):
+                heap.release_cache_if_idle()
         self.call(ask.ArenaReclaim())
 
+    def prepare_fork(self) -> None:
+        """In the parent, before a fork."""
+        self._paused = list(self._heaps.values())
+        for heap in self._paused:
+            heap.prepare_fork()
+
     def has_forked(self) -> None:
-        """In the parent of a fork."""
-        for heap in list(self._heaps.values()):
+        """In the parent, after it."""
+        for heap in self._paused:
             heap.has_forked()
+        self._paused = []
 
     def forked(self) -> None:
         """In a forked child: what was the parent's is let go, untouched."""
@@ -407,6 +420,8 @@ class Session:
             self._is_closed = True
             connection, self._connection = self._connection, None
             unregister(self)
+            for heap in self._heaps.values():  # first: no thread may allocate what the daemon is about to take back
+                heap.mark_closed(self.timeout if patience_s is None else patience_s)
             if connection is not None:
                 if patience_s is not None:
                     connection.timeout_s = patience_s
@@ -416,8 +431,6 @@ class Session:
                     pass
                 finally:
                     connection.close()
-            for heap in self._heaps.values():
-                heap.mark_closed()
             self._heaps.clear()
             self._default = None
             self.arena.close()
