@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from mmap import MADV_REMOVE
 
 from heapd.arena.budget import Budget, default_commit_limit
@@ -71,6 +72,7 @@ class Arena:
         self.reserved = 0
         self._state = bytearray(shape.page_count)  # PAGE_*; zeros, so untouched parts cost nothing
         self._granules = Extents()  # free address space
+        self._chores: list[Callable[[], bool]] = []
         self._doomed: list[tuple[int, int]] = []  # released ranges that still have to be decommitted
         self._seed = int.from_bytes(os.urandom(4), "little")
         self._controls_ready = 0  # control blocks whose page is committed
@@ -162,7 +164,7 @@ class Arena:
 
     def _take_granules(self, count: int) -> int:
         start = self._granules.take(count)
-        if start is None and self._doomed:
+        if start is None and not self.is_settled:
             self.settle_all()
             start = self._granules.take(count)
         if start is None:
@@ -195,12 +197,24 @@ class Arena:
 
     @property
     def is_settled(self) -> bool:
-        """False: released pages are waiting to be decommitted."""
-        return not self._doomed
+        """False: pages that were released, or are spare beyond measure, are waiting to be decommitted."""
+        return not self._doomed and not self._chores
+
+    def defer(self, trim: Callable[[], bool]) -> None:
+        """Have `trim` called by `settle` until it returns False: it decommits a slice of what a heap has too much."""
+        if trim not in self._chores:
+            self._chores.append(trim)
+
+    def undefer(self, trim: Callable[[], bool]) -> None:
+        """There is nothing to trim any more."""
+        if trim in self._chores:
+            self._chores.remove(trim)
 
     def settle(self) -> None:
-        """Decommit one slice of what was released."""
+        """Decommit one slice of what waits for it."""
         if not self._doomed:
+            if self._chores and not (trim := self._chores[-1])():
+                self.undefer(trim)
             return
         first, count = self._doomed.pop()
         if count > SLICE_PAGES:
@@ -211,7 +225,7 @@ class Arena:
         self._publish()
 
     def settle_all(self) -> None:
-        while self._doomed:
+        while not self.is_settled:
             self.settle()
 
     # -- commit ------------------------------------------------------------------------------------------------------
@@ -228,7 +242,7 @@ class Arena:
         try:
             self.budget.take(missing * PAGE_SIZE)
         except HeapFullError:
-            if not self._doomed:
+            if self.is_settled:
                 raise
             self.settle_all()
             self.budget.take(missing * PAGE_SIZE)

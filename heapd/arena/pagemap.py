@@ -8,7 +8,8 @@ them. A chunk is mapped the first time its pages differ, or a run begins in it, 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 
 from heapd.layout import (
     CHUNK_PAGES,
@@ -21,7 +22,7 @@ from heapd.layout import (
     make_page_word,
     page_word,
 )
-from heapd.units import PAGE_SHIFT, PAGE_SIZE
+from heapd.units import PAGE_SIZE
 
 __all__ = ["PageMap"]
 
@@ -103,7 +104,18 @@ class PageMap:
                 self._words[self._directory + chunk] = word
             first = stop
 
-    @staticmethod
-    def table_bytes(shape: ArenaShape) -> int:
-        """Address space that header and tables take."""
-        return shape.first_page << PAGE_SHIFT
+    def spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """A range as (first page, pages, what a reader finds for each of them); chunk by chunk, in order."""
+        end = first + count
+        while first < end:
+            chunk = first >> CHUNK_SHIFT
+            stop = min(end, (chunk + 1) << CHUNK_SHIFT)
+            entry: int = self._words[self._directory + chunk]
+            if entry == MAPPED and self._mapped[chunk]:
+                for word, group in groupby(self._words[self._map + first : self._map + stop].tolist()):
+                    length = sum(1 for _ in group)
+                    yield first, length, word
+                    first += length
+            else:
+                yield first, stop - first, entry
+                first = stop

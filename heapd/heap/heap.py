@@ -412,6 +412,10 @@ class Heap:
             else:
                 self.space.give(first + need, have - need)
         elif need > have:
+            if need - have > SLICE_PAGES:
+                raise CannotResizeInPlaceError(
+                    f"a block grows in place by at most {format_size(SLICE_BYTES)} at once; more would stall everybody"
+                )
             grown = self.space.extend_big(first, need) if is_big else self.space.take_at(first + have, need - have)
             if not grown:
                 raise CannotResizeInPlaceError(

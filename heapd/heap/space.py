@@ -210,12 +210,29 @@ class Space:
         region = self.locate_region(start)
         if count == region.page_count:
             self._empty(region)
-        elif self.spare_committed > max(_KEEP_PAGES, self.committed >> _KEEP_SHIFT):
+        elif self.spare_committed > self._keep:
+            if self.arena.committed_in(start, count) > _SLICE_PAGES:
+                self.arena.defer(self._trim)
+                return
+            floor = self._first_page() + self._initial
+            if start < floor < start + count:
+                start, count = floor, start + count - floor
             self._decommit(start, count)
+
+    @property
+    def _keep(self) -> int:
+        """Spare pages that may stay committed."""
+        return max(_KEEP_PAGES, self.committed >> _KEEP_SHIFT)
+
+    def _trim(self) -> bool:
+        """Decommit a slice of what is spare beyond measure; False when that is done."""
+        return self.spare_committed > max(self._keep, self._initial) and self.decommit_spare()
 
     def _empty(self, region: Region) -> None:
         """A region without runs and slabs: the first goes back to its initial commit, any other is released."""
-        if region.serial == 0:
+        if region.serial == 0 and self.arena.committed_in(region.first, region.page_count) > _SLICE_PAGES:
+            self.arena.defer(self._trim)
+        elif region.serial == 0:
             self._decommit(region.first + self._initial, region.page_count - self._initial)
         else:
             self._drop_region(region)
@@ -270,8 +287,6 @@ class Space:
     # -- whole heap --------------------------------------------------------------------------------------------------
     def decommit_spare(self) -> bool:
         """Decommit one slice of spare committed pages; False when there are none left."""
-        if self.spare_committed == 0:
-            return False
         for start, count in self.spare:
             keep = self._initial if start == self._first_page() else 0
             for at, length, is_committed in self.arena.stretches(start + keep, max(count - keep, 0)):
@@ -280,6 +295,7 @@ class Space:
                     stop = min(at + length, (at + _SLICE_PAGES) // CHUNK_PAGES * CHUNK_PAGES)
                     self._decommit(at, stop - at)
                     return True
+        self.arena.undefer(self._trim)
         return False
 
     def _first_page(self) -> int:
@@ -297,6 +313,7 @@ class Space:
     def close(self) -> None:
         """Release every region, whatever is in it."""
         self.is_closed = True
+        self.arena.undefer(self._trim)
         for region in self.regions.values():
             self.arena.release(region.first, region.page_count)
         self.regions.clear()

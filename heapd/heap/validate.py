@@ -20,6 +20,8 @@ from heapd.layout import (
     KIND_RUN,
     KIND_SLAB,
     KIND_SPARE,
+    PAGE_COMMITTED,
+    PAGE_RESERVED,
     RUN_WORD,
     SLAB_WORD,
     WordFormat,
@@ -118,10 +120,14 @@ def _check_page_words(heap: Heap, region: Region) -> Iterator[Violation]:
         kind = KIND_SLAB if slab else KIND_RUN if page in heap.runs else KIND_SPARE
         count = slab.kind.page_count if slab else heap.runs.get(page) or heap.space.spare.count_at(page)
         count = count or region.end - page
-        for at in range(page, page + count):
-            info = split_page_word(arena.pages.word(at))
-            if (info.state, info.kind, info.heap) != (arena.state_of(at), kind, heap.index) or (
-                kind != KIND_SPARE and info.start != page
+        for at, length, word in arena.pages.spans(page, count):
+            info = split_page_word(word)
+            committed = length if info.state == PAGE_COMMITTED else 0
+            if (
+                (info.kind, info.heap) != (kind, heap.index)
+                or (kind != KIND_SPARE and info.start != page)
+                or info.state not in (PAGE_RESERVED, PAGE_COMMITTED)
+                or arena.committed_in(at, length) != committed
             ):
                 detail = f"the page map has {info} for a {_KINDS[kind]} page of heap {heap.index} from page {page}"
                 yield Violation("page-map", at << PAGE_SHIFT, 0, detail)

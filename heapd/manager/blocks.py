@@ -22,6 +22,7 @@ from heapd.wire import messages as m
 __all__ = ["BlockOperations"]
 
 _WORDS_A_SLICE = 5_000
+_BLOCKS_A_SLICE = 512
 
 
 class BlockOperations:
@@ -53,7 +54,7 @@ class BlockOperations:
         sizes = request.sizes
         for size in sizes:
             shared.heap.check_size(size)
-        if sum(sizes) > SLICE_BYTES:
+        if sum(sizes) > SLICE_BYTES // 4 or len(sizes) > _BLOCKS_A_SLICE:
             return self._alloc_many_large(session, shared, sizes)
         grants: list[Grant] = []
         try:
@@ -73,8 +74,8 @@ class BlockOperations:
                     grants.append((yield from shared.heap.alloc_in_slices(size, session.number)))
                 else:
                     grants.append(shared.heap.alloc(size, session.number))
-                    spent += size
-                    if spent > SLICE_BYTES:
+                    spent += size + SLICE_BYTES // 4 // _BLOCKS_A_SLICE
+                    if spent > SLICE_BYTES // 4:
                         spent = 0
                         yield
                 if shared.is_destroyed:
@@ -135,7 +136,7 @@ class BlockOperations:
             raise InvalidArgumentError(
                 f"a lease of {request.count} blocks of {request.size} bytes is too large at once"
             )
-        return shared.heap.lease(request.size, request.count, session.number)
+        return shared.heap.lease(request.size, min(request.count, _BLOCKS_A_SLICE), session.number)
 
     def give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)

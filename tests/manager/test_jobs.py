@@ -319,8 +319,8 @@ def test_giving_everything_back_goes_on_while_others_work(client: Client, other:
     """Twelve thousand leases in slices; another session's leases and blocks are not among them."""
     heap = client.create("shared")
     other.open("shared")
-    for _ in range(3):
-        client.lease(heap, 40, 4096)
+    for _ in range(24):
+        client.lease(heap, 40, 512)
     theirs = other.lease(heap, 40, 10)
     mine = client.alloc(heap, 40)
     pauses = 0
@@ -353,8 +353,8 @@ def test_giving_everything_back_of_a_heap_that_is_destroyed_meanwhile_ends(clien
     """The answer counts what was taken back until then."""
     heap = client.create("shared")
     other.open("shared")
-    for _ in range(2):
-        client.lease(heap, 40, 4096)
+    for _ in range(16):
+        client.lease(heap, 40, 512)
     task = client.begin(m.HeapGiveBack(heap.heap_id, [], True))
     assert not task.is_done
     other.destroy(heap)
