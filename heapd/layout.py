@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from heapd.units import GIB, PAGE_SHIFT, PAGE_SIZE, align_up
@@ -200,9 +201,9 @@ def slab_class_index(descriptor: int) -> int | None:
 
 
 # -- where the tables are --------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ArenaShape:
-    """Where each table of an arena of `page_count` pages lies; follows from the two figures in the header.
+    """Where each table of an arena of `page_count` pages lies; follows from the two figures in the header, once.
 
     Fields: page_count (pages), heap_limit (control blocks).
     """
@@ -210,40 +211,50 @@ class ArenaShape:
     page_count: int
     heap_limit: int = MAX_HEAPS
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Bytes of the arena."""
         return self.page_count << PAGE_SHIFT
 
-    @property
+    @cached_property
     def controls(self) -> int:
         """Address of the first control block."""
         return PAGE_SIZE
 
-    @property
+    @cached_property
     def directory(self) -> int:
         """Address of the page directory, one word a chunk."""
         return align_up(self.controls + self.heap_limit * CONTROL_SIZE, PAGE_SIZE)
 
-    @property
+    @cached_property
     def chunk_count(self) -> int:
         return (self.page_count + CHUNK_PAGES - 1) >> CHUNK_SHIFT
 
-    @property
+    @cached_property
     def page_map(self) -> int:
         """Address of the page map, one word a page."""
         return self.directory + align_up(self.chunk_count * WORD, PAGE_SIZE)
 
-    @property
+    @cached_property
     def run_words(self) -> int:
         """Address of the run words, one a page."""
         return self.page_map + self.chunk_count * PAGE_SIZE
 
-    @property
+    @cached_property
     def first_page(self) -> int:
         """First page that regions may use; the first of a chunk, so that tables and regions share none."""
         end = (self.run_words >> PAGE_SHIFT) + self.chunk_count
         return align_up(end, CHUNK_PAGES)
+
+    @cached_property
+    def first_slab_slot(self) -> int:
+        """The first slot that is not in the tables; a run's word lies below it, a slab block's not."""
+        return self.first_page * (PAGE_SIZE // WORD)
+
+    @cached_property
+    def first_run_slot(self) -> int:
+        """Slot of the run word of page 0."""
+        return self.run_words // WORD
 
     def control_slot(self, index: int) -> int:
         """Slot of the first word of control block `index`."""
@@ -254,13 +265,13 @@ class ArenaShape:
 
     def run_slot(self, page: int) -> int:
         """Slot of the state word of the run that begins at `page`."""
-        return self.run_words // WORD + page
+        return self.first_run_slot + page
 
     def is_run_slot(self, slot: int) -> bool:
-        return slot < self.first_page * (PAGE_SIZE // WORD)
+        return slot < self.first_slab_slot
 
     def word_format(self, slot: int) -> WordFormat:
-        return RUN_WORD if self.is_run_slot(slot) else SLAB_WORD
+        return RUN_WORD if slot < self.first_slab_slot else SLAB_WORD
 
 
 def page_word(words: memoryview, shape: ArenaShape, page: int) -> int:
