@@ -135,7 +135,7 @@ class FrontEnd:
         key = class_index(size) if size <= MAX_CLASS_SIZE else _LARGE + pages_for(size)
         found = self._bins.get(key) or self._add_bin(key)
         if size > 0 and len(self._stack_of) < _MAX_SIZES:
-            self._stack_of[size] = found.stack
+            self._stack_of[size + 15 >> 4] = found.stack
         return found
 
     def _bin_of(self, extent: int) -> Bin:
