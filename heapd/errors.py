@@ -130,7 +130,21 @@ class HeapFullError(HeapdError, MemoryError):
             f"{format_size(requested)} requested, {format_size(used)} of {format_size(limit)} used "
             f"({_BOUNDS.get(bound, bound)}); {advice}"
         )
-        return cls(text, bound=bound, requested=requested, used=used, limit=limit)
+        return cls(text, bound=bound, requested=requested, used=used, limit=limit, advice=advice)
+
+    def for_request(self, requested: int, used: int | None = None) -> HeapFullError:
+        """The same, told of the whole request instead of the step of it that failed.
+
+        Args: requested (bytes the caller asked for), used (bytes in use now that its first steps were undone; None: as
+        it was told).
+        """
+        return HeapFullError.of(
+            self.bound,
+            requested=requested,
+            used=self.used if used is None else used,
+            limit=self.limit,
+            advice=str(self.details.get("advice", "")),
+        )
 
     @property
     def requested(self) -> int:

@@ -12,11 +12,20 @@ the hot path (hotpath.py) looks at.
 
 from __future__ import annotations
 
+from operator import index
 from pickle import PickleBuffer
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
-from heapd.errors import BlockInUseError, ClosedError, HeapdError, InvalidArgumentError, MissingExtraError
+from heapd.errors import (
+    BlockInUseError,
+    ClosedError,
+    DoubleFreeError,
+    HeapdError,
+    InvalidArgumentError,
+    MissingExtraError,
+    StaleHandleError,
+)
 from heapd.layout import Handle, WordFormat
 
 if TYPE_CHECKING:
@@ -126,7 +135,7 @@ class Block:
     def view(self) -> memoryview:
         """The block's `size` bytes, writable; the same object each time, until it is released or the block resized.
 
-        Raises: ClosedError after free or close; HeapDestroyedError.
+        Raises: ClosedError after free or close; StaleHandleError if another process freed it; HeapDestroyedError.
         """
         view = self._view
         if view is not None and self._word:
@@ -136,6 +145,10 @@ class Block:
             except ValueError:
                 pass
         self._check()
+        try:
+            self.heap.word_of(self)
+        except DoubleFreeError:
+            raise StaleHandleError(f"the block at {self.address:#x} was freed", address=self.address) from None
         exporter = self._exporter
         if exporter is not None and exporter.nbytes != self.size:  # left from a life of another size
             exporter = None
@@ -161,7 +174,10 @@ class Block:
         kind = np.dtype(dtype)
         if kind.hasobject:
             raise InvalidArgumentError("an array of Python objects cannot be shared between processes")
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        try:
+            dimensions = (index(shape),) if not isinstance(shape, tuple) else tuple(map(index, shape))
+        except TypeError:
+            raise InvalidArgumentError("a shape is an int, or a tuple of ints") from None
         if any(length < 0 for length in dimensions):
             raise InvalidArgumentError(f"the shape {dimensions} has a negative length")
         count = 1

@@ -36,7 +36,7 @@ from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
 from .block import Block
-from .heapcore import HeapCore, deferred, working
+from .heapcore import HeapCore, as_timeout, deferred, working
 
 __all__ = ["Heap"]
 
@@ -44,6 +44,7 @@ _LOOKUP_SLICE_S: Final = 10.0  # longest wait that one request asks of the daemo
 _LOOKUP_RETRIES: Final = 100  # arbitrary: a name replaced as often between question and look is not looked up
 _KINDS: Final = {int(kind): kind for kind in EntryKind}
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
+_MAX_COUNT: Final = 1_000_000  # arbitrary: blocks in one alloc_many
 _NAMES_PAGE: Final = 500
 
 
@@ -154,10 +155,14 @@ class Heap(HeapCore):
         if isinstance(sizes, int):
             if count is None or count < 0:
                 raise InvalidArgumentError("alloc_many of one size needs a count of blocks, 0 or more")
+            if count > _MAX_COUNT:
+                raise InvalidArgumentError(f"alloc_many gives at most {_MAX_COUNT} blocks at once")
             wanted = [sizes] * count
         elif count is not None:
             raise InvalidArgumentError("alloc_many takes a count only with a single size")
         else:
+            if not isinstance(sizes, Iterable):
+                raise InvalidArgumentError(f"alloc_many takes sizes, not {type(sizes).__name__}")
             wanted = [_as_size(size) for size in sizes]
         self.check()
         blocks: list[Block] = []
@@ -403,6 +408,13 @@ class Heap(HeapCore):
             self._check_own(block)
         with self._hold():
             self._count()
+            if block is not None:
+                try:
+                    self.word_of(block)
+                except LookupError as error:  # its memory may be another block's by now, and that one in order
+                    return [Violation("stale-block", block.address, 0, str(error))]
+                except ValueError:
+                    pass  # free: the daemon says so
             found = self.session.call(ask.HeapValidate(self.id, 0 if block is None else block.address))
         return [Violation(*fields) for fields in found]
 
@@ -451,6 +463,7 @@ class Heap(HeapCore):
         Args:   timeout (seconds to wait for somebody to publish it; None or 0: do not wait).
         Raises: NoSuchNameError if it stands for nothing and no wait was asked for; WaitTimeoutError past the timeout.
         """
+        timeout = as_timeout(timeout)
         deadline = monotonic() + (timeout or 0.0)
         for _ in range(_LOOKUP_RETRIES):
             publication = self._look_up(name, deadline, timeout)

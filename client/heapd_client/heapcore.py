@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from heapd.errors import ClosedError, HeapDestroyedError, LockTimeoutError, StaleHandleError
+from heapd.errors import ClosedError, HeapDestroyedError, InvalidArgumentError, LockTimeoutError, StaleHandleError
 from heapd.layout import (
     C_ACQUIRED,
     C_CONTENDED,
@@ -41,12 +41,23 @@ if TYPE_CHECKING:
     from .mapping import Mapping
     from .session import Session
 
-__all__ = ["HeapCore", "deferred", "working"]
+__all__ = ["HeapCore", "deferred", "working", "as_timeout"]
 
 # Threads (by ident) that are in some front end now. What a finaliser frees there waits in `deferred`: the lists are in
 # the middle of a change, and to wait for another heap's gate or mutex could be to wait for ever.
 working: Final[set[int]] = set()
 deferred: Final[deque[tuple[Heap, Block]]] = deque()
+
+_FOR_EVER_S = 1e9
+
+
+def as_timeout(timeout: Any) -> float | None:
+    """Seconds, or None for no limit. Raises: InvalidArgumentError for what is neither."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout >= 0:
+        raise InvalidArgumentError(f"a timeout is seconds, 0 or more, or None; not {str(timeout)[:40]!r}")
+    return min(float(timeout), _FOR_EVER_S)
 
 
 class HeapCore:
@@ -73,6 +84,7 @@ class HeapCore:
         self.live_slot = self._control + C_LIVE
         self._slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
         self._live_word = info.epoch << 1 | 1
+        self._recoveries: int = self._words[self._control + C_RECOVERED]  # at the last `lock`
         self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
         self._had_front = False
         self._is_paused = False
@@ -241,6 +253,7 @@ class HeapCore:
         Raises:  LockTimeoutError, naming the holder; HeapDestroyedError, ClosedError. Not held then.
         """
         self.check()
+        timeout = as_timeout(timeout)
         mutex = self._mutex
         lock = HeldLock.of(self._unlock, self.mapping)
         words, holder = self._words, self._control + C_HOLDER
@@ -249,7 +262,11 @@ class HeapCore:
         try:
             status = mutex.trylock()
             if status:
-                lock.recovered = mutex.settle(status, timeout)
+                mutex.settle(status, timeout)
+            # Also where an alloc or a compact, here or elsewhere, was the first to take it from the dead holder.
+            recoveries = words[self._control + C_RECOVERED]
+            lock.recovered = recoveries != self._recoveries
+            self._recoveries = recoveries
             words[self._acquired] += 1
             words[holder] = me
         except BaseException:

@@ -45,6 +45,7 @@ from .connection import Connection
 from .control import Greeting, is_answering, not_found, say_hello
 from .handles import checked_handle, locate, stale
 from .heap import Heap
+from .heapcore import as_timeout
 from .mapping import Mapping
 from .registry import register, unregister
 
@@ -68,7 +69,7 @@ def connect(
     Raises:  DaemonNotFoundError if none answers and none is or could be started; DaemonLostError past the timeout;
              VersionError, AccessError, SegmentError, LimitError; InvalidArgumentError for an endpoint that is none.
     """
-    if not timeout > 0:
+    if not as_timeout(timeout):
         raise InvalidArgumentError(f"a timeout is more than 0 seconds, not {timeout}")
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout

@@ -150,7 +150,8 @@ class Space:
                 requested=page_count * PAGE_SIZE,
                 used=(self.reserved - self.spare.total) * PAGE_SIZE,
                 limit=self.maximum,
-                advice="free blocks, or make the heap with a larger maximum (0: growable)",
+                advice="free blocks, have the sessions that cache free ones trim() the heap, or make it with a larger"
+                " maximum; what is free may also lie scattered",
             )
         grown = sum(not region.is_big for region in self.regions.values()) - 1
         step = min(_SECOND_REGION << min(grown, 4), _LAST_REGION)

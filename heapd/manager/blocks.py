@@ -35,14 +35,17 @@ class BlockOperations:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
         if request.size > SLICE_BYTES:
             return self._alloc_large(session, shared, request.size)
-        return shared.heap.alloc(request.size, session.number)
+        try:
+            return shared.heap.alloc(request.size, session.number)
+        except HeapFullError as error:
+            raise self._restated(error, request.size) from None
 
     def _alloc_large(self, session: Session, shared: SharedHeap, size: int) -> Job:
         try:
             grant = yield from shared.heap.alloc_in_slices(size, session.number)
-        except HeapFullError:
+        except HeapFullError as error:
             yield from self._directory.settle()
-            raise
+            raise self._restated(error, size) from None
         if not session.is_live and not shared.is_destroyed:
             # The session ended while its block was committed: nobody will ever hear of the block.
             shared.heap.free(grant.address, grant.generation)
@@ -60,9 +63,9 @@ class BlockOperations:
         try:
             for size in sizes:
                 grants.append(shared.heap.alloc(size, session.number))
-        except HeapFullError:
+        except HeapFullError as error:
             self._undo(shared, grants)
-            raise
+            raise self._restated(error, sum(sizes)) from None
         return grants
 
     def _alloc_many_large(self, session: Session, shared: SharedHeap, sizes: list[int]) -> Job:
@@ -80,14 +83,20 @@ class BlockOperations:
                         yield
                 if shared.is_destroyed:
                     raise HeapDestroyedError("the heap was destroyed while the blocks were allocated")
-        except HeapFullError:
+        except HeapFullError as error:
             self._undo(shared, grants)
             yield from self._directory.settle()
-            raise
+            raise self._restated(error, sum(sizes)) from None
         if not session.is_live and not shared.is_destroyed:
             self._undo(shared, grants)
             yield from self._directory.settle()
         return grants
+
+    def _restated(self, error: HeapFullError, requested: int) -> HeapFullError:
+        """The error of a step, as one of the whole request, whose earlier steps were undone."""
+        if error.bound in ("commit", "memory"):
+            return error.for_request(requested, self._directory.arena.budget.committed)
+        return error.for_request(requested)
 
     @staticmethod
     def _undo(shared: SharedHeap, grants: list[Grant]) -> None:
@@ -104,6 +113,8 @@ class BlockOperations:
             )
         except NotABlockError as error:
             raise self._directory.explain(shared, request.address, error) from None
+        except HeapFullError as error:
+            raise self._restated(error, request.size) from None
         return grant if self._directory.arena.is_settled else self._directory.settle_then(grant)
 
     def free(self, session: Session, request: m.HeapFree) -> Job | None:
@@ -136,7 +147,10 @@ class BlockOperations:
             raise InvalidArgumentError(
                 f"a lease of {request.count} blocks of {request.size} bytes is too large at once"
             )
-        return shared.heap.lease(request.size, min(request.count, _BLOCKS_A_SLICE), session.number)
+        try:
+            return shared.heap.lease(request.size, min(request.count, _BLOCKS_A_SLICE), session.number)
+        except HeapFullError as error:
+            raise self._restated(error, request.size) from None
 
     def give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)

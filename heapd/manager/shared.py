@@ -158,4 +158,10 @@ class Controls:
         return self._arena.shape.control_slot(heap_id & _INDEX_MASK)
 
     def _is_held(self, index: int) -> bool:
-        return Mutex(self._base + self._arena.shape.mutex_address(index)).owner_tid() != 0
+        """Whether somebody holds the mutex of an unused control block. One whose holder died is made good, so that
+        the next heap's first user is not told of it."""
+        mutex = Mutex(self._base + self._arena.shape.mutex_address(index))
+        if mutex.owner_tid() or not mutex.try_acquire():
+            return True
+        mutex.release()
+        return False
