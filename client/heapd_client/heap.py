@@ -37,6 +37,7 @@ from heapd.wire import messages as ask
 
 from .block import Block
 from .heapcore import HeapCore, as_timeout, deferred, working
+from .registry import is_exiting
 
 __all__ = ["Heap"]
 
@@ -215,7 +216,12 @@ class Heap(HeapCore):
             raise
 
     def free(self, block: Block) -> None:
-        """Give a block of this heap back. Raises: as Block.free; WrongHeapError if it is of another heap."""
+        """Give a block of this heap back. Raises: as Block.free; WrongHeapError if it is of another heap.
+
+        Once the interpreter ends and has closed its sessions, it does nothing: the finalisers of user code come late.
+        """
+        if self._is_closed and is_exiting():
+            return
         self._free_now(block)
         if deferred:
             self._free_deferred()
@@ -307,6 +313,8 @@ class Heap(HeapCore):
                 block.forget()
 
     def _check_own(self, block: Block) -> None:
+        if not isinstance(block, Block):
+            raise InvalidArgumentError(f"a Block is needed, not {type(block).__name__}")
         if block.heap is not self and (block.heap.id != self.id or block.heap.mapping is not self.mapping):
             raise WrongHeapError(f"the block at {block.address:#x} is of another heap", address=block.address)
         if block.is_free:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .heap import Heap
     from .session import Session
 
-__all__ = ["register", "reopen_block", "reopen_heap", "unregister"]
+__all__ = ["is_exiting", "register", "reopen_block", "reopen_heap", "unregister"]
 
 _EXIT_PATIENCE_S: Final = 0.5  # what closing all sessions may delay the end of the process by
 
@@ -32,6 +32,7 @@ _kept: list[Session] = []  # opened to unpickle something
 _forking: list[Session] = []  # the process forks now
 _keeping = threading.Lock()
 _is_hooked = False
+_is_exiting = False
 
 
 def register(session: Session) -> None:
@@ -49,9 +50,16 @@ def unregister(session: Session) -> None:
     _open.discard(session)
 
 
+def is_exiting() -> bool:
+    """The interpreter ends; sessions are being closed, or are."""
+    return _is_exiting
+
+
 def _close_all() -> None:
     """At exit: tell the daemons, quickly. They notice anyway, so a session that a daemon thread uses is left to them:
     closed under its hands, that thread would complain."""
+    global _is_exiting
+    _is_exiting = True
     deadline = monotonic() + _EXIT_PATIENCE_S
     for session in list(_open):
         session.leave(max(deadline - monotonic(), 0.01))

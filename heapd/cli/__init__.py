@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 import click
 
 from heapd import __version__
-from heapd.cli.exit_codes import EPILOG, INTERRUPTED, OK, exit_code_of
+from heapd.cli.exit_codes import EPILOG, FAILED, INTERRUPTED, OK, exit_code_of
 from heapd.errors import HeapdError
 
 __all__ = ["main"]
@@ -73,6 +74,10 @@ def _status_of(run: Callable[[], Any]) -> int:
     except HeapdError as error:
         click.echo(f"heapd: {error}", err=True)
         return exit_code_of(error)
+    except OSError as error:
+        with suppress(OSError):
+            click.echo(f"heapd: {error.strerror or error}", err=True)
+        return FAILED
     return status if type(status) is int else OK
 
 

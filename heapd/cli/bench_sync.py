@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from heapd.cli.exit_codes import OK
-from heapd.cli.params import ENDPOINT, json_option
+from heapd.cli.params import ENDPOINT, Seconds, json_option
 from heapd.cli.tables import console, make_table, print_json
 from heapd.wire import Endpoint
 from heapd.workloads import WorkloadError
@@ -53,7 +53,7 @@ def _holds(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, 
 @click.option(
     "--processes", "counts", default=_DEFAULT_COUNTS, show_default=True, callback=_counts, help="Also threads."
 )
-@click.option("--seconds", type=click.FloatRange(0.01, 60), default=0.3, show_default=True, help="Each measurement.")
+@click.option("--seconds", type=Seconds(0.01, 60), default=0.3, show_default=True, help="Each measurement.")
 @click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="The median one is shown.")
 @click.option("--holds", default="0,10,100", show_default=True, callback=_holds, help="Microseconds the lock is held.")
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write the figure there.")

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict
 
 import click
+from rich.text import Text
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option, json_option
@@ -52,7 +53,7 @@ def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:
     table = make_table("heap", "id", "options", "open", "reserved", "committed", "busy", "blocks", left=3)
     for info, statistics in found:
         table.add_row(
-            heap_title(info),
+            Text(heap_title(info)),
             str(info.heap_id),
             ", ".join(flag_names(info)) or "-",
             str(info.sessions),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import click
+from rich.text import Text
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option, json_option
@@ -83,9 +84,9 @@ def _print(locks: list[_Lock]) -> None:
     table = make_table("heap", "serial", "held by", "taken", "contended", "waited", "recovered", left=3)
     for lock in locks:
         table.add_row(
-            lock.heap,
+            Text(lock.heap),
             "yes" if lock.serialized else "no",
-            _holder_text(lock.holder),
+            Text(_holder_text(lock.holder)),
             f"{lock.acquisitions:,}",
             f"{lock.contended:,} ({lock.contended_share:.1%})" if lock.contended else "-",
             f"{lock.waited_ns / 1e6:,.1f} ms" if lock.waited_ns else "-",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +12,7 @@ from heapd.errors import InvalidArgumentError
 from heapd.units import format_size, parse_size
 from heapd.wire import Endpoint
 
-__all__ = ["ENDPOINT", "SIZE", "EndpointType", "SizeType", "endpoint_option", "json_option"]
+__all__ = ["ENDPOINT", "SIZE", "EndpointType", "Seconds", "SizeType", "endpoint_option", "json_option"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -57,6 +58,18 @@ class EndpointType(_EndpointType):
             return Endpoint.parse(value)
         except InvalidArgumentError as error:
             self.fail(str(error), param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """Seconds within a range; not a number, and infinity, are in none."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds) or seconds > 1e9:
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 SIZE = SizeType()

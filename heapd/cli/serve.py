@@ -8,7 +8,7 @@ import os
 
 import click
 
-from heapd.cli.params import ENDPOINT, SIZE
+from heapd.cli.params import ENDPOINT, SIZE, Seconds
 from heapd.errors import InvalidArgumentError
 from heapd.wire import DEFAULT_NAME, Endpoint, runtime_directory
 
@@ -25,7 +25,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option(
     "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"
 )
-@click.option("--idle-exit", type=click.FloatRange(min=0), metavar="SECONDS",
+@click.option("--idle-exit", type=Seconds(min=0), metavar="SECONDS",
               help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
 @click.option(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from heapd.cli.control import ask
-from heapd.cli.params import ENDPOINT, endpoint_option, json_option
+from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, json_option
 from heapd.units import format_size
 from heapd.wire import Endpoint
 from heapd.wire.messages import Status
@@ -23,7 +23,7 @@ _SIZES = ("reserve", "reserved", "commit_limit", "committed", "peak_committed")
 @click.argument("target", metavar="[ENDPOINT]", type=ENDPOINT, required=False)
 @endpoint_option
 @json_option
-@click.option("--timeout", type=click.FloatRange(min=0), default=5.0, show_default=True, help="Seconds to wait.")
+@click.option("--timeout", type=Seconds(min=0), default=5.0, show_default=True, help="Seconds to wait.")
 def status(target: Endpoint | None, endpoint: Endpoint, as_json: bool, timeout: float) -> None:
     """Show a daemon's name, process, memory, sessions, and how long requests take in it."""
     values: dict[str, Any] = ask(target or endpoint, Status(), timeout)

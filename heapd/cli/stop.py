@@ -8,7 +8,7 @@ import select
 import click
 
 from heapd.cli.control import ask
-from heapd.cli.params import ENDPOINT, endpoint_option
+from heapd.cli.params import ENDPOINT, Seconds, endpoint_option
 from heapd.errors import DaemonLostError
 from heapd.wire import Endpoint
 from heapd.wire.messages import Status, Stop
@@ -19,7 +19,7 @@ __all__ = ["stop"]
 @click.command()
 @click.argument("target", metavar="[ENDPOINT]", type=ENDPOINT, required=False)
 @endpoint_option
-@click.option("--timeout", type=click.FloatRange(min=0), default=10.0, show_default=True, help="Seconds to wait.")
+@click.option("--timeout", type=Seconds(min=0), default=10.0, show_default=True, help="Seconds to wait.")
 def stop(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None:
     """Stop a daemon and wait until it has ended; its heaps are gone then."""
     endpoint = target or endpoint

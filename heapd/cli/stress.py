@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from heapd.cli.exit_codes import FAILED, OK
-from heapd.cli.params import ENDPOINT, json_option
+from heapd.cli.params import ENDPOINT, Seconds, json_option
 from heapd.cli.tables import console, make_table, print_json
 from heapd.wire import Endpoint
 from heapd.workloads import WorkloadError
@@ -27,7 +27,7 @@ _PHASES = {"start": "clients up", "run": "running", "finish": "clients done"}
 
 @click.command()
 @click.option("--clients", type=click.IntRange(1, work.MOST_CLIENTS), default=8, show_default=True, help="Processes.")
-@click.option("--seconds", type=click.FloatRange(0.1, 86_400), default=10.0, show_default=True, help="How long.")
+@click.option("--seconds", type=Seconds(0.1, 86_400), default=10.0, show_default=True, help="How long.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Decides what clients do.")
 @click.option("--heaps", type=click.IntRange(1, 64), default=4, show_default=True, help="Shared heaps.")
 @click.option("--endpoint", "-e", type=ENDPOINT, help="A running daemon.  [default: one of its own]")

@@ -98,7 +98,7 @@ def find_heap(session: hc.Session, text: str) -> HeapInfo:
             return info
     names = [info.name or str(info.heap_id) for info in infos]
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
-    raise NoSuchHeapError(f"there is no heap {text!r} by name or id; heaps here: {known}")
+    raise NoSuchHeapError(f"there is no heap {text[:300]!r} by name or id; heaps here: {known}")
 
 
 def walk_unlocked(session: hc.Session, heap: hc.Heap) -> Iterator[Entry]:

@@ -9,6 +9,7 @@ A field's check is made once, from its annotation, at import; decoding looks it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from operator import attrgetter
@@ -99,6 +100,9 @@ def _check_range(bounds: Range) -> Check:
     return check
 
 
+_CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
 def _check_text(limit: Text, *, is_optional: bool) -> Check:
     most = limit.max_bytes
 
@@ -109,9 +113,9 @@ def _check_text(limit: Text, *, is_optional: bool) -> Check:
             size = len(value) if value.isascii() else len(value.encode())
         except UnicodeEncodeError:
             return "the text has characters that UTF-8 cannot express"
-        if 0 < size <= most and "\0" not in value:
-            return None
-        return "the text holds a NUL" if "\0" in value else f"text of 1 to {most} bytes is needed, not of {size}"
+        if _CONTROL.search(value):  # it would end up in somebody's terminal
+            return "the text holds a control character, such as NUL or a line feed"
+        return None if 0 < size <= most else f"text of 1 to {most} bytes is needed, not of {size}"
 
     return check
 

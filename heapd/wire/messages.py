@@ -35,7 +35,7 @@ class Range(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A str of at most `max_bytes` UTF-8 bytes, at least one, without NUL."""
+    """A str of at most `max_bytes` UTF-8 bytes, at least one, without control characters."""
 
     max_bytes: int
 
