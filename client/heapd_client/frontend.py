@@ -13,8 +13,9 @@ CACHED, and giving everything back finds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from operator import attrgetter
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,17 +36,24 @@ __all__ = ["FrontEnd"]
 # All arbitrary, chosen by scripts/bench alloc, frames and trace: more caches cost memory, less cost round trips.
 _FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before;
 _SHARE: Final = 8  # beyond, it is this part of the blocks that the bin leased so far
+_SLACK_FLOOR: Final = 128 * KIB  # what is cached may add this much to the most that was in use at once ...
+_SLACK_SHIFT: Final = 5  # ... or 1/32 of it
+_FADE: Final = 10  # and that is forgotten by 1/1024 of what is less in use, at each lease
 _CACHE_FLOOR: Final = 1 * MIB  # the bins of size classes together may hold this much ...
-_CACHE_SHIFT: Final = 5  # ... or 1/32 of what the arena has committed
+_CACHE_SHIFT: Final = 2  # ... or 1/4 of what was in use at once
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
 _TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
 _PATIENCE: Final = 4  # slow calls before a bin gets a spare block
+_LEASE_PART: Final = 8  # one lease may take this part of what may still be leased
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
 _MAX_BINS: Final = 512  # about 5 KB each, and each is looked at when another one wants to hold more
 _LARGE: Final = 1 << 16  # keys of bins for runs over 64 KiB: this and the pages
+
+_address: Final = attrgetter("address")
+_cached: Final = attrgetter("cached")
 
 
 class Bin:
@@ -95,6 +103,10 @@ class Bin:
         """Bytes in the bin."""
         return len(self.stack) * self.extent
 
+    def may_replace(self, smaller: Bin) -> bool:
+        """Whether blocks of this bin do for a smaller one: those of runs begin on a page, those of slabs do not."""
+        return self.form is RUN_WORD or smaller.form is SLAB_WORD
+
     def next_batch(self) -> int:
         """How many blocks to lease now, if there is room for them."""
         doubled = min(self.batch * 2, _FREE_LEASE // self.extent)
@@ -109,10 +121,11 @@ class Bin:
 class FrontEnd:
     """Bins of one heap. Good for one session and one value of the heap's live word; then another one is made.
 
-    Fields: alloc (the hot function), session (its number), live (the value).
+    Fields: alloc (the hot function), session (its number), live (the value), held (bytes: what was leased less what was
+    given back, so in use or cached; what wandered off to other processes is still in it).
     """
 
-    def __init__(self, heap: Heap, session: int, live: int, lock: Lock | None) -> None:
+    def __init__(self, heap: Heap, session: int, live: int, lock: Lock | None, held: int = 0) -> None:
         self._heap = heap
         self.session = session
         self.live = live
@@ -120,8 +133,11 @@ class FrontEnd:
         self._hot_lock = lock
         self._bins: dict[int, Bin] = {}
         self._stack_of: dict[int, list[Any]] = {}
+        self._larger_of: dict[int, list[Any]] = {}
         self._take_count: Callable[[], int] = lambda: 0
-        arguments = (self._words, heap.live_slot, live, self._stack_of, heap.alloc_slow)
+        self.held = held
+        self._peak = held  # of what was in use
+        arguments = (self._words, heap.live_slot, live, self._stack_of, self._larger_of, heap.alloc_slow)
         if lock is None:
             self.alloc = make_alloc(*arguments)
         else:
@@ -136,6 +152,9 @@ class FrontEnd:
         found = self._bins.get(key) or self._add_bin(key)
         if size > 0 and len(self._stack_of) < _MAX_SIZES:
             self._stack_of[size + 15 >> 4] = found.stack
+            larger = self._bins.get(key + 1)
+            if larger is not None and larger.may_replace(found):
+                self._larger_of[size + 15 >> 4] = larger.stack
         return found
 
     def _bin_of(self, extent: int) -> Bin:
@@ -161,14 +180,28 @@ class FrontEnd:
         doomed = [bin_ for bin_ in self if bin_.is_large]
         self._heap.count_acquisitions(self.take_count())
         self._stack_of.clear()
+        self._larger_of.clear()
         for bin_ in doomed:
             del self._bins[bin_.key]
         self._give_back([block for bin_ in doomed for block in bin_.stack])
 
     def _room(self, bin_: Bin) -> int:
         """Bytes that the bins of this one's kind may still take together; negative if they hold too much."""
-        total = _LARGE_CACHE if bin_.is_large else max(_CACHE_FLOOR, self._words[H_COMMITTED] >> _CACHE_SHIFT)
+        total = _LARGE_CACHE if bin_.is_large else max(_CACHE_FLOOR, self._peak >> _CACHE_SHIFT)
         return total - sum(other.cached for other in self if other.is_large == bin_.is_large)
+
+    def _slack(self, more: int) -> int:
+        """Bytes that may be leased besides the `more` that are about to be used; negative if too much is held.
+
+        What is cached while less is in use than before costs nothing: the heap has grown to that already, and a
+        program that did it once does it again. What is cached on top of the most that was ever in use makes it grow.
+        """
+        used = self.used_bytes() + more
+        self._peak = max(used, self._peak - (self._peak - used >> _FADE))
+        allowed = self._peak + max(_SLACK_FLOOR, self._peak >> _SLACK_SHIFT)
+        # Who holds more than there is has handed blocks to others for good, and will again: lease many at once.
+        wandered = min(max(self.held - self._words[H_COMMITTED], 0), _LARGE_CACHE)
+        return allowed + wandered - used - self.cached_bytes()
 
     def _set_limit(self, bin_: Bin, room: int) -> None:
         """Let free push so many blocks more, of the `room` left, before it asks again."""
@@ -211,11 +244,10 @@ class FrontEnd:
         return block
 
     def _pop(self, bin_: Bin) -> Block | None:
-        """A cached block of the bin, or of a little larger one: that saves a round trip. But blocks of whole pages
-        begin on a page, and those of slabs do not."""
+        """A cached block of the bin, or of a little larger one: that saves a round trip."""
         for key in range(bin_.key, bin_.key + 1 + _NEIGHBOURS):
             candidate = self._bins.get(key)
-            if candidate is not None and (candidate.form is RUN_WORD or bin_.form is SLAB_WORD):
+            if candidate is not None and candidate.may_replace(bin_):
                 try:
                     block: Block = candidate.stack.pop()
                 except IndexError:
@@ -230,7 +262,6 @@ class FrontEnd:
         if bin_.emptied == _PATIENCE:
             with suppress(HeapFullError):
                 bin_.stack.append(self._grant(bin_, self._ask(size, 1)[0]))
-                bin_.leased += 1
 
     def _fresh(self, bin_: Bin, block: Block) -> Block:
         """A new object for the memory of a cached block whose object somebody still refers to."""
@@ -243,33 +274,48 @@ class FrontEnd:
 
     def _lease(self, bin_: Bin, size: int) -> Block:
         """Lease a batch; one block of it, the others are in the bin. Raises: as Heap.alloc."""
-        room = self._room(bin_)
-        count = min(bin_.next_batch(), max(room // 2 // bin_.extent, 0) + 1)
+        slack = self._slack(bin_.extent)
+        if slack < 0:
+            slack += self._shed(-slack)
+        count = min(bin_.next_batch(), max(slack // _LEASE_PART // bin_.extent, 0) + 1)
+        others = self._empty_bins(slack // _LEASE_PART, bin_) if not bin_.is_large else []
         try:
-            grants = self._ask(size, count)
+            grants = self._ask(size, count, [other.extent for other in others])
         except HeapFullError:
             self._heap.session.reclaim()
             grants = self._ask(size, 1)
         bin_.batch = count
-        bin_.leased += len(grants)
-        blocks = [self._grant(bin_, grant) for grant in grants]
-        first = blocks.pop(0)
+        first, *blocks = [self._grant(bin_, grant) for grant in grants[:count]]
         bin_.stack.extend(reversed(blocks))  # lowest addresses on top
-        self._set_limit(bin_, room - bin_.extent * len(blocks))
+        for other, grant in zip(others, grants[count:], strict=False):
+            other.stack.append(self._grant(other, grant))
+        self._set_limit(bin_, self._room(bin_))
         return first
+
+    def _empty_bins(self, size: int, but: Bin) -> list[Bin]:
+        """Other bins of size classes that are empty, of `size` bytes together: a block of each comes along."""
+        found: list[Bin] = []
+        for bin_ in self:
+            if not (bin_.stack or bin_.is_large or bin_ is but) and bin_.leased >= _PATIENCE:
+                size -= bin_.extent
+                if size >= 0:
+                    found.append(bin_)
+        return found
 
     def _grant(self, bin_: Bin, grant: Any) -> Block:
         slot, address, generation, extent, _ = grant
+        bin_.leased += 1
+        self.held += bin_.extent
         mapping, executable = self._heap.mapping, self._heap.is_executable
         if executable or mapping.has_executable_pages:
             mapping.protect(address, extent, executable=executable)
         return self._make(bin_, slot, address, generation)
 
-    def _ask(self, size: int, count: int) -> list[Any]:
+    def _ask(self, size: int, count: int, others: list[int] | None = None) -> list[Any]:
         heap = self._heap
         if size > _MAX_LEASE:
             return [heap.ask_for_block(size)]
-        grants: list[Any] = heap.session.call(ask.HeapLease(heap.id, size, count))
+        grants: list[Any] = heap.session.call(ask.HeapLease(heap.id, size, count, others or []))
         return grants
 
     # -- free --------------------------------------------------------------------------------------------------------
@@ -283,6 +329,8 @@ class FrontEnd:
             generation = bin_.form.next_generation(generation)
         cached = block if is_own else self._make(bin_, block.slot, block.address, generation)
         base = bin_.form.cached(self.session, generation)
+        if bin_.form.session(word) != self.session:
+            self.held += bin_.extent
         if bin_.is_large or len(bin_.stack) >= bin_.limit:
             self._make_room(bin_)
         cached.extent, cached._base = bin_.extent, base
@@ -296,22 +344,31 @@ class FrontEnd:
         """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""
         room = self._room(bin_)
         if room <= bin_.extent:
-            doomed: list[Block] = []
-            bins = [other for other in self if other.is_large == bin_.is_large and other.stack]
-            goal = room + max(sum(other.cached for other in bins) // 4, bin_.extent)
-            for other in sorted(bins, key=lambda other: other.cached, reverse=True):
-                count = (len(other.stack) + 1) // 2
-                doomed += other.stack[:count]
-                del other.stack[:count]
-                room += count * other.extent
-                if room >= goal:
-                    break
-            self._give_back(doomed)
+            room += self._shed(bin_.extent - room, [other for other in self if other.is_large == bin_.is_large])
         self._set_limit(bin_, room)
+
+    def _shed(self, size: int, bins: Iterable[Bin] | None = None) -> int:
+        """Give back `size` bytes at least, and a quarter of what is cached, if there is so much: of what the fullest
+        bins hold the blocks at the highest addresses, so that slabs get empty. Returns: bytes."""
+        bins = [bin_ for bin_ in bins or self if bin_.stack]
+        bins.sort(key=_cached, reverse=True)
+        goal, done = size + sum(bin_.cached for bin_ in bins) // 4, 0
+        doomed: list[Block] = []
+        for bin_ in bins:
+            count = (len(bin_.stack) + 1) // 2
+            bin_.stack.sort(key=_address, reverse=True)
+            doomed += bin_.stack[:count]
+            del bin_.stack[:count]
+            done += count * bin_.extent
+            if done >= goal:
+                break
+        self._give_back(doomed)
+        return done
 
     def _give_back(self, doomed: list[Block]) -> None:
         """Give blocks back that are in no bin any more. Without an answer nobody knows whose they are: they stay out of
         the bins, and giving everything back finds them, should they still be ours."""
+        self.held -= sum(block.extent for block in doomed)
         with suppress(DaemonError):
             self._heap.tell_given_back([block.address for block in doomed])
 
@@ -325,6 +382,7 @@ class FrontEnd:
         """Have every call take the slow path from now on. Returns: addresses of what was cached."""
         self.stop_frees()
         self._stack_of.clear()
+        self._larger_of.clear()
         addresses = []
         for bin_ in self:
             addresses += [block.address for block in bin_.stack]
@@ -335,6 +393,7 @@ class FrontEnd:
         """Take over what another front end of this session caches, whose frees stop. The blocks that it gave
         out are not this one's own: when they are freed, their memory gets another generation."""
         old.stop_frees()
+        self.held, self._peak = old.held, old._peak
         for bin_ in old:
             new = self._bins.get(bin_.key) or self._add_bin(bin_.key)
             new.batch, new.leased = bin_.batch, bin_.leased
@@ -343,6 +402,10 @@ class FrontEnd:
             new.stack += [self._make(new, block.slot, block.address, generation(block._base)) for block in blocks]
             self._set_limit(new, self._room(new))
         old.empty()
+
+    def used_bytes(self) -> int:
+        """Bytes that are in use, as far as this front end knows: what others freed since is still among them."""
+        return max(min(self.held, self._words[H_COMMITTED]) - self.cached_bytes(), 0)
 
     def take_count(self) -> int:
         """Acquisitions of the mutex by the hot path since the last call."""

@@ -201,6 +201,7 @@ class Heap(HeapCore):
         first = len(blocks)
         try:
             grants = self.session.call(request)
+            self.note_growth(sum(grant[3] for grant in grants))
             for (slot, address, generation, extent, fresh), size in zip(grants, sizes, strict=True):
                 blocks.append(self._block(slot, address, generation, extent, size))
                 if zero or self.mapping.has_executable_pages or self.is_executable:
@@ -369,6 +370,7 @@ class Heap(HeapCore):
             raise _freed(block) from None
         else:
             slot, address, _, extent, _ = grant
+            self.note_growth(extent - block.extent)
             block.become(slot, address, extent, -self._words[slot])
             self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
 

@@ -87,6 +87,7 @@ class HeapCore:
         self._recoveries: int = self._words[self._control + C_RECOVERED]  # at the last `lock`
         self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
         self._had_front = False
+        self._used = 0  # bytes that were in use when the front end before went
         self._is_paused = False
         self._is_releasing = False
         self._gate = threading.RLock()  # of the front end, in this process; taken after the mutex
@@ -143,7 +144,7 @@ class HeapCore:
         lock = None
         if self._is_serialized:
             lock = Lock(self._mutex.trylock, self._mutex.unlock, self._settle, self._undo)
-        front = self._front = FrontEnd(cast("Heap", self), session, self._live_word, lock)
+        front = self._front = FrontEnd(cast("Heap", self), session, self._live_word, lock, self._used)
         self._had_front = True
         self.__dict__["alloc"] = front.alloc
         return front
@@ -191,6 +192,11 @@ class HeapCore:
         for at in range(0, len(addresses), ask.MAX_BATCH):
             self.session.call(ask.HeapGiveBack(self.id, addresses[at : at + ask.MAX_BATCH]))
 
+    def note_growth(self, size: int) -> None:
+        """Blocks in use have become more by so many bytes, past the front end."""
+        if self._front is not None:
+            self._front.held += size
+
     def count_acquisitions(self, count: int) -> None:
         """Add to the counter of the mutex, which the caller holds."""
         self._words[self._acquired] += count
@@ -201,6 +207,7 @@ class HeapCore:
         self.__dict__.pop("alloc", None)
         if front is None:
             return []
+        self._used = front.used_bytes()
         self.count_acquisitions(front.take_count())
         return front.empty()
 
@@ -342,4 +349,5 @@ class HeapCore:
         if self._front is not None:
             self._front.empty()
             self._front = None
+            self._used = 0
             self.__dict__.pop("alloc", None)

@@ -9,6 +9,9 @@ are closures, not methods, and each trick is here for its nanoseconds (scripts/b
   The very size as the key would save 25 ns where there are few sizes, and cost 80 ns of cache misses where there are
   thousands, and the slow path for each new one. What is no key (0, negative, not an int, large and seen for the first
   time) is the slow path's.
+- `larger_of` has the stack of the next larger bin, for the moments when there is nothing to take from the own one.
+  Where sizes are mixed that is one alloc in five, and the slow path takes 4 us. An exception takes 400 ns, but only
+  when it is raised; a look at the length before would take 30 ns always.
 - A cached block's word (`_base`) becomes BUSY by adding the size, and CACHED again by being stored (layout.py). Its
   generation need not change: no handle was made of it, or `_word` were negated and the slow path would see to it.
 - `free` compares the arena's word with `_word`: a double free, a handle made, a free by someone else all differ.
@@ -55,7 +58,9 @@ StackOf = dict[int, list[Any]]
 _NO_SIZE: Final = (TypeError, OverflowError)  # the size is none, such as 64.0, or numpy's
 
 
-def make_alloc(words: memoryview, live_slot: int, live: int, stack_of: StackOf, slow: SlowAlloc) -> Alloc:
+def make_alloc(
+    words: memoryview, live_slot: int, live: int, stack_of: StackOf, larger_of: StackOf, slow: SlowAlloc
+) -> Alloc:
     """The alloc of an unserialized heap, good while the heap's live word is `live`."""
 
     def alloc(size: int, zero: bool = False) -> Block:
@@ -63,7 +68,10 @@ def make_alloc(words: memoryview, live_slot: int, live: int, stack_of: StackOf, 
             return slow(size, zero, None)
         block = None
         try:
-            block = stack_of[size + 15 >> 4].pop(-2)
+            try:
+                block = stack_of[size + 15 >> 4].pop(-2)
+            except IndexError:
+                block = larger_of[size + 15 >> 4].pop(-2)
             if getrefcount(block) == 2:
                 block._word = word = block._base + size
                 words[block.slot] = word
@@ -175,7 +183,13 @@ RELEASED: Final = -1
 
 
 def make_locked_alloc(
-    words: memoryview, live_slot: int, live: int, stack_of: StackOf, slow: SlowAlloc, lock: Lock
+    words: memoryview,
+    live_slot: int,
+    live: int,
+    stack_of: StackOf,
+    larger_of: StackOf,
+    slow: SlowAlloc,
+    lock: Lock,
 ) -> tuple[Alloc, TakeCount]:
     """The alloc of a serialized heap, and what tells (and forgets) how often it took the mutex."""
     trylock, unlock, settle, undo = lock
@@ -191,7 +205,10 @@ def make_locked_alloc(
                 status = 0
             if words[live_slot] == live and not zero:
                 try:
-                    block = stack_of[size + 15 >> 4].pop(-2)
+                    try:
+                        block = stack_of[size + 15 >> 4].pop(-2)
+                    except IndexError:
+                        block = larger_of[size + 15 >> 4].pop(-2)
                     if getrefcount(block) == 2:
                         count += 1
                         block._word = word = block._base + size

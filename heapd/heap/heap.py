@@ -7,7 +7,7 @@ first, then one store of its state word. It is taken back in the opposite order.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 from heapd.arena import Arena
 from heapd.errors import (
@@ -125,21 +125,22 @@ class Heap:
             self.unfinished.discard(first)
         return grant
 
-    def lease(self, size: int, count: int, session: int) -> list[Grant]:
-        """Lend up to `count` blocks for `size` bytes each: as alloc, but their words say CACHED.
+    def lease(self, size: int, count: int, session: int, others: Sequence[int] = ()) -> list[Grant]:
+        """Lend up to `count` blocks for `size` bytes each, and one for each size of `others`: as alloc, but their
+        words say CACHED.
 
-        Returns: at least one; fewer than `count` when memory runs short.
+        Returns: in that order; at least one, and as many as there is memory for.
         Raises:  as alloc, if there is not even one.
         """
         grants: list[Grant] = []
         words = self.arena.words
         try:
-            for _ in range(count):
-                grant = self.alloc(size, session)
+            for wanted in (*[size] * count, *others):
+                grant = self.alloc(wanted, session)
                 form = self.arena.shape.word_format(grant.slot)
                 words[grant.slot] = form.cached(session, grant.generation)
                 grants.append(grant)
-        except HeapFullError:
+        except (HeapFullError, BlockTooLargeError):
             if not grants:
                 raise
         return grants

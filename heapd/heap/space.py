@@ -4,7 +4,7 @@ A growable heap reserves a first region, then 1, 2, 4, 8 MiB, then 15.8 MiB each
 of 1 MiB or more a region of its own, released with it. A fixed heap has one region of its maximum.
 
 Decommit rule (Win32's two thresholds, joined by AND): when a give leaves more than `keep` spare committed pages,
-the extent just given, coalesced, is decommitted. `keep` is 16 pages or 1/64 of what is committed, the larger.
+the extent just given, coalesced, is decommitted. `keep` is 16 pages or 1/256 of what is committed, the larger.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BIG_PAGES = MIB // PAGE_SIZE  # runs from here up have a region of their own in 
 _SECOND_REGION = MIB // PAGE_SIZE
 _LAST_REGION = 0xFD0000 // PAGE_SIZE  # Windows' cap, a multiple of 64 KiB
 _KEEP_PAGES = 16
-_KEEP_SHIFT = 6
+_KEEP_SHIFT = 8
 _SLICE_PAGES = 8 * CHUNK_PAGES  # 16 MiB
 MAX_SERIAL = (1 << 20) - 2  # what a walk's cursor has room for
 

@@ -143,12 +143,14 @@ class BlockOperations:
 
     def lease(self, session: Session, request: m.HeapLease) -> list[Grant]:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
-        if request.size * request.count > SLICE_BYTES:
+        if request.size * request.count + sum(request.others) > SLICE_BYTES:
             raise InvalidArgumentError(
-                f"a lease of {request.count} blocks of {request.size} bytes is too large at once"
+                f"a lease of {request.count} blocks of {request.size} bytes and {len(request.others)} others is too"
+                " large at once"
             )
+        count = min(request.count, _BLOCKS_A_SLICE)
         try:
-            return shared.heap.lease(request.size, min(request.count, _BLOCKS_A_SLICE), session.number)
+            return shared.heap.lease(request.size, count, session.number, request.others[: _BLOCKS_A_SLICE - count])
         except HeapFullError as error:
             raise self._restated(error, request.size) from None
 

@@ -179,7 +179,7 @@ class _Shape(NamedTuple):
 def _shape_of(kind: type[Request]) -> _Shape:
     hints = get_type_hints(kind, include_extras=True)
     names = tuple(field.name for field in fields(kind))
-    required = sum(field.default is MISSING for field in fields(kind))
+    required = sum(field.default is MISSING and field.default_factory is MISSING for field in fields(kind))
     if len(names) > 1:
         values: Callable[[Any], tuple[Any, ...]] = attrgetter(*names)
     else:

@@ -7,7 +7,7 @@ types carry their limits (`Annotated`): the codec checks exact type and range fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Final, NamedTuple
 
 __all__ = [
@@ -272,7 +272,8 @@ class HeapFreeMany(Request):
 @dataclass(frozen=True, slots=True)
 class HeapLease(Request):
     """Lend the session up to `count` free blocks for `size` bytes each, to allocate by itself: their state words say
-    CACHED and name the session. Answer: list of Grant tuples, at least one; fewer than asked for when memory is short.
+    CACHED and name the session. And one block for each size of `others`, if there is memory: what else the front
+    end has run out of. Answer: list of Grant tuples, at least one, in that order; it ends where memory is short.
     """
 
     op: ClassVar[int] = 35
@@ -280,6 +281,7 @@ class HeapLease(Request):
     heap: HeapId
     size: Size
     count: Annotated[int, Range(1, MAX_BATCH)]
+    others: Annotated[list[int], Items(Range(0, 2**64 - 1), MAX_BATCH)] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

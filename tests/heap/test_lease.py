@@ -70,6 +70,21 @@ def test_fewer_are_lent_when_memory_runs_short(make_heap: MakeHeap) -> None:
     assert check_heap(heap).cached_blocks == 4
 
 
+def test_other_sizes_come_along_one_block_each(heap: Heap) -> None:
+    """After the batch, in the order asked for; each cached by the session."""
+    grants = heap.lease(100, 3, SESSION, [5000, 16, 8 * KIB])
+    assert [grant.extent for grant in grants] == [128, 128, 128, 5120, 16, 8 * KIB]
+    assert check_heap(heap).cached_blocks == 6
+
+
+def test_what_there_is_no_memory_for_ends_the_batch(make_heap: MakeHeap) -> None:
+    """Whether it is one of the others or too large for the heap: what was lent before is told."""
+    heap = make_heap(maximum=64 * KIB)
+    assert len(heap.lease(16 * KIB, 2, SESSION, [16 * KIB, 128 * KIB, 16])) == 3
+    assert len(heap.lease(16 * KIB, 1, SESSION, [16 * KIB])) == 1
+    assert check_heap(heap).cached_blocks == 4
+
+
 def test_too_large_a_size_is_refused(make_heap: MakeHeap) -> None:
     """As by alloc."""
     with pytest.raises(BlockTooLargeError):

@@ -163,7 +163,7 @@ def test_a_few_spare_pages_stay_committed(make_heap: MakeHeap) -> None:
 
 
 def test_more_than_the_threshold_is_decommitted_at_once(make_heap: MakeHeap, arena: Arena) -> None:
-    """Over 16 spare pages and a 64th of what is committed: the extent just freed goes back to the system."""
+    """Over 16 spare pages and a 256th of what is committed: the extent just freed goes back to the system."""
     heap = make_heap(maximum=4 * MIB)
     heap.alloc(4096, SESSION)
     block, anchor = heap.alloc(40 * PAGE_SIZE, SESSION), heap.alloc(4096, SESSION)
@@ -176,10 +176,10 @@ def test_more_than_the_threshold_is_decommitted_at_once(make_heap: MakeHeap, are
 
 
 def test_the_threshold_grows_with_the_heap(make_heap: MakeHeap) -> None:
-    """A 64th of 64 MiB: 1 MiB may stay, twice that may not."""
+    """A 256th of 64 MiB: 256 KiB may stay, twice that may not."""
     heap = make_heap(maximum=128 * MIB)
     heap.alloc(64 * MIB, SESSION)
-    for size, stays in ((MIB, True), (2 * MIB, False)):
+    for size, stays in ((256 * KIB, True), (512 * KIB, False)):
         block, anchor = heap.alloc(size, SESSION), heap.alloc(4096, SESSION)
         heap.free(block.address, block.generation)
         assert (heap.space.spare_committed >= size // PAGE_SIZE) is stays

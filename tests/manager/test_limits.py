@@ -23,7 +23,7 @@ from heapd.layout import (
 from heapd.manager import HeapManager, Limits
 from heapd.mutex import Mutex
 from heapd.records import HeapInfo
-from heapd.units import MIB, PAGE_SIZE
+from heapd.units import KIB, MIB, PAGE_SIZE
 from heapd.wire import messages as m
 from tests.arenas import Commits
 from tests.invariants import check_manager
@@ -241,11 +241,11 @@ def test_reclaiming_frees_the_spare_pages_of_every_heap(client: Client, other: C
     """What a heap keeps committed for itself is not lost to others who are short of memory: free pages, empty slabs."""
     heap = client.create(maximum=180 * MIB)
     client.alloc(heap, 150 * MIB)
-    spare, _ = client.alloc(heap, 2 * MIB), client.alloc(heap, 4096)
+    spare, _ = client.alloc(heap, 512 * KIB), client.alloc(heap, 4096)
     client.free(heap, spare)
     client.free(heap, client.alloc(heap, 500))
     mine = other.create()
-    wanted = manager.arena.budget.limit - manager.arena.budget.committed + MIB
+    wanted = manager.arena.budget.limit - manager.arena.budget.committed + 256 * KIB
     with pytest.raises(HeapFullError):
         other.alloc(mine, wanted)
     assert other.ask(m.ArenaReclaim()) is None

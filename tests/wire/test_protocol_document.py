@@ -35,6 +35,8 @@ def row_of(cell: str, column: int = 0) -> list[str]:
 
 def default_of(field: dataclasses.Field[object]) -> str:
     """How the document writes a field's default, "" for none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return f" = {field.default_factory()}"
     if field.default is dataclasses.MISSING:
         return ""
     if field.default is None:
