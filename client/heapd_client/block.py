@@ -150,8 +150,8 @@ class Block:
         except DoubleFreeError:
             raise StaleHandleError(f"the block at {self.address:#x} was freed", address=self.address) from None
         exporter = self._exporter
-        if exporter is not None and exporter.nbytes != self.size:  # left from a life of another size
-            exporter = None
+        if self._buffer is None or (exporter is not None and exporter.nbytes != self.size):
+            exporter = None  # an interrupted call made it, or it is left from a life of another size
         if exporter is None:
             exporter = self._exporter = self.heap.mapping.base[self.address : self.address + self.size]
             self._buffer = PickleBuffer(exporter)
@@ -248,37 +248,21 @@ class Block:
         exporter = self._exporter
         if exporter is None:
             return
-        try:
-            self._release_own_view(is_own_released)
-            # numpy.ndarray(buffer=view) keeps no buffer open, but does refer to the exporter: the count shows it.
-            self._buffer = self._seen = None
-            if getrefcount(exporter) > _OWN_REFERENCES + 1:
-                raise self._in_use()
-            exporter.release()
-        except BaseException as error:
-            # Also what a signal handler raised: a block that others can see must have a view, see hotpath.
-            self._restore_view(exporter)
-            raise (self._in_use() if isinstance(error, BufferError) else error) from None
-        self._exporter = None
-
-    def _release_own_view(self, is_own_released: bool) -> None:
         view = self._view
-        if view is None:
-            return
-        if getrefcount(view) > _OWN_REFERENCES + 1 and not is_own_released and _is_alive(view):
+        if view is not None:
+            if not is_own_released and getrefcount(view) > _OWN_REFERENCES + 1 and _is_alive(view):
+                raise self._in_use()
+            try:
+                view.release()
+            except BufferError:
+                raise self._in_use() from None
+        # Slices and casts keep the exporter in use, and numpy.ndarray(buffer=view), which keeps no buffer open, does
+        # refer to it. Until that is known `_view` stays, released: a signal handler may raise after any call, and a
+        # block without a view is one that the hot path's free does not look at.
+        if getrefcount(exporter) > IDLE_EXPORTER + 1:
             raise self._in_use()
-        view.release()
-        self._view = None
-
-    def _restore_view(self, exporter: memoryview) -> None:
-        """Let the hot path's free see that there is something to look at."""
-        if not _is_alive(exporter):
-            self._exporter = self._buffer = self._view = None
-            return
-        if self._buffer is None:
-            self._buffer = PickleBuffer(exporter)
-        if self._view is None or not _is_alive(self._view):
-            self._view = memoryview(self._buffer)
+        view = self._view = self._exporter = self._buffer = self._seen = None
+        exporter.release()
 
     def _in_use(self) -> BlockInUseError:
         return BlockInUseError(

@@ -23,14 +23,23 @@ from weakref import WeakSet
 import zmq
 from zmq.backend import Socket as RawSocket
 
-from heapd.errors import ClosedError, DaemonLostError, DaemonStoppedError, MessageError, error_from_wire
+from heapd.errors import (
+    ClosedError,
+    DaemonLostError,
+    DaemonStoppedError,
+    HeapdError,
+    MessageError,
+    error_from_wire,
+)
 from heapd.wire import Reply, Request, decode_reply, encode_request
+from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
 from .control import Greeting, is_process_alive, open_socket
 
 __all__ = ["Connection"]
 
 _REPEAT_S: Final = 1.0  # how long an answer may take before the request is sent again
+_GRANTING: Final = (HeapAlloc, HeapAllocMany, HeapLease)
 _MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a row forgets the oldest
 
 # pyzmq's Socket.send is a Python function of five keyword checks round this one.
@@ -53,18 +62,18 @@ class _Channel:
     """One thread's socket.
 
     Fields: socket; lock (held during a call, so that `close` never pulls the socket from under one);
-    abandoned (request id to request: answers that may still come); last (the last request, its id and frame);
-    again (frames of requests whose answers were lost); inner (the channel for calls made inside one, by finalisers
-    and signal handlers).
+    abandoned (request id to request and frame: answers that may still come); last (the last request, its id and
+    frame); is_shaken (an interrupt may have lost an answer that had come); inner (the channel for calls made inside
+    one, by finalisers and signal handlers).
     """
 
-    __slots__ = ("__weakref__", "abandoned", "again", "inner", "last", "lock", "socket")
+    __slots__ = ("__weakref__", "abandoned", "inner", "is_shaken", "last", "lock", "socket")
 
     def __init__(self, dealer: zmq.Socket[bytes]) -> None:
         self.socket = dealer
         self.lock = threading.Lock()
-        self.abandoned: dict[int, Request] = {}
-        self.again: list[bytes] = []
+        self.abandoned: dict[int, tuple[Request, bytes]] = {}
+        self.is_shaken = False
         self.last: tuple[Request, int, bytes] | None = None
         self.inner: _Channel | None = None
 
@@ -124,8 +133,8 @@ class Connection:
             if self.is_closed:
                 raise ClosedError("the session is closed")
             channel.last = request, request_id, frame
-            if channel.again:
-                self._send_again(channel)
+            if channel.is_shaken:
+                self._ask_again(channel)
             dealer, is_sent = channel.socket, False
             try:
                 try:
@@ -137,8 +146,9 @@ class Connection:
                         reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
                 except zmq.Again:
                     reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
-            except BaseException:
-                self._abandon(channel, request_id, request)
+            except BaseException as error:
+                channel.is_shaken = channel.is_shaken or not isinstance(error, HeapdError)
+                self._abandon(channel, request_id, request, frame)
                 raise
         if reply.code:
             raise error_from_wire(reply.code, *reply.payload)
@@ -162,19 +172,21 @@ class Connection:
         return found
 
     def regret(self, request: Request) -> None:
-        """Have the answer to the last call, which an exception kept from its caller, handed to `on_late`. It may have
-        come already: the daemon remembers it, and is asked again at the thread's next call."""
+        """Have the answer to the last call, which an exception kept from its caller, handed to `on_late`."""
         for channel in self._mine():
             if channel.last is not None and channel.last[0] is request:
                 _, request_id, frame = channel.last
-                self._abandon(channel, request_id, request)
-                channel.again.append(frame)
+                channel.is_shaken = True
+                self._abandon(channel, request_id, request, frame)
 
-    def _send_again(self, channel: _Channel) -> None:
+    def _ask_again(self, channel: _Channel) -> None:
+        """After an interrupt: ask once more for blocks that we may have been given. The daemon remembers its answers,
+        and what it leased it finds by itself."""
         with suppress(zmq.Again):
-            while channel.again:
-                _raw_send(channel.socket, channel.again[-1])
-                channel.again.pop()
+            for request, frame in list(channel.abandoned.values()):
+                if isinstance(request, (HeapAlloc, HeapAllocMany)):
+                    _raw_send(channel.socket, frame)
+            channel.is_shaken = False
 
     # -- the slow path: no answer within a slice, or somebody else's ---------------------------------------------------
     def _wait(
@@ -218,18 +230,23 @@ class Connection:
                 f"{request.name}: the daemon, process {greeting.daemon_pid}, has died", op=request.name
             )
 
-    def _abandon(self, channel: _Channel, request_id: int, request: Request) -> None:
-        channel.abandoned[request_id] = request
-        if len(channel.abandoned) > _MAX_ABANDONED:
-            del channel.abandoned[next(iter(channel.abandoned))]
+    def _abandon(self, channel: _Channel, request_id: int, request: Request, frame: bytes) -> None:
+        """Remember a request whose answer may still come, if that would give us something."""
+        abandoned = channel.abandoned
+        if isinstance(request, _GRANTING):
+            abandoned[request_id] = request, frame
+        if len(abandoned) > _MAX_ABANDONED:
+            leases = (number for number, (each, _) in abandoned.items() if isinstance(each, HeapLease))
+            del abandoned[next(leases, next(iter(abandoned)))]  # what was leased `trim` finds
 
     def _take_late(self, channel: _Channel, reply: Reply) -> None:
         """An answer to another request than the one being waited for: one given up, or a repeat's second answer."""
         if reply.request_id == 0 and reply.code:
             raise MessageError(f"the daemon could not read a request: {reply.payload[0]}")
-        request = channel.abandoned.pop(reply.request_id, None)
+        request, _ = channel.abandoned.get(reply.request_id, (None, b""))
         if request is not None and not reply.code:
             self._on_late(request, reply.payload)
+        channel.abandoned.pop(reply.request_id, None)  # last: an interrupted call is asked again
 
     @property
     def is_shared(self) -> bool:

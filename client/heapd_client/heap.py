@@ -174,13 +174,14 @@ class Heap(HeapCore):
                 missing = [size for size, place in zip(wanted, places, strict=True) if place is None]
                 for at in range(0, len(missing), MAX_BATCH):
                     self._alloc_batch(missing[at : at + MAX_BATCH], zero, blocks)
+            granted = count_from(len(places) - len(missing))
+            in_order = [blocks[next(granted) if place is None else place] for place in places]
         except BaseException:
             for block in blocks:
                 self._regret(block)
             self.session.give_back()
             raise
-        granted = count_from(len(places) - len(missing))
-        return [blocks[next(granted) if place is None else place] for place in places]
+        return in_order
 
     def _alloc_cached(self, sizes: list[int], zero: bool, blocks: list[Block]) -> list[int | None]:
         """Take from the front end what it has, to the end of `blocks`. Returns: each size's place there."""
@@ -189,11 +190,13 @@ class Heap(HeapCore):
             places: list[int | None] = []
             for size in sizes:
                 block = front.allocate_cached(size) if front is not None else None
-                places.append(None if block is None else len(blocks))
-                if block is not None:
-                    blocks.append(block)
-                    if zero:
-                        self.mapping.zero(block.address, size)
+                if block is None:
+                    places.append(None)
+                    continue
+                blocks.append(block)  # first: an interrupt finds it there
+                places.append(len(blocks) - 1)
+                if zero:
+                    self.mapping.zero(block.address, size)
         return places
 
     def _alloc_batch(self, sizes: list[int], zero: bool, blocks: list[Block]) -> None:

@@ -126,10 +126,10 @@ def _is_unseen(block: Any) -> bool:
         view = block._view = None
         if getrefcount(block._exporter) == IDLE_EXPORTER:
             return True
+        block._view = memoryview(block._buffer)
     except BaseException:
         block._view = memoryview(block._buffer)
         raise
-    block._view = memoryview(block._buffer)
     return False
 
 

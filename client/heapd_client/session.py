@@ -202,20 +202,21 @@ class Session:
         connection = self._ready()
         while self._strays:
             try:
-                stray = self._strays.popleft()
-            except IndexError:
-                return  # another thread was faster
-            try:
+                stray = self._strays[0]
                 heap_id, address, generation = stray
                 if generation == _LEASED:
+                    self._strays.remove(stray)  # before: it may be leased again. If it is lost, `trim` finds it
                     connection.call(ask.HeapGiveBack(heap_id, [address]))
-                else:
-                    connection.call(ask.HeapFree(heap_id, address, generation))
+                    continue
+                connection.call(ask.HeapFree(heap_id, address, generation))
             except ConnectionError:
-                self._strays.append(stray)
                 return
             except HeapdError:
-                continue  # freed already, or its heap is gone
+                pass  # freed already, or its heap is gone
+            except (IndexError, ValueError):
+                continue  # another thread was faster
+            with suppress(ValueError):
+                self._strays.remove(stray)  # after: an interrupted call is made again
 
     def reclaim(self) -> None:
         """Memory is short: give back what this session caches, and ask all others to do so at their next operation."""
