@@ -106,7 +106,7 @@ def test_whole_pages_begin_on_a_page_whatever_is_cached(free_heap: hc.Heap) -> N
 
 
 def test_a_size_that_is_none_costs_no_block(session: hc.Session, free_heap: hc.Heap) -> None:
-    """64.0 is found where 64 is, and refused; what is cached stays so."""
+    """It is refused; what is cached stays so."""
     for block in [free_heap.alloc(64) for _ in range(50)]:
         block.free()
     del block

@@ -19,7 +19,7 @@ from heapd.units import KIB, MIB
 from heapd_client import errors
 from tests.client.programs import in_child, wait_for
 from tests.client.tools import blocks_of, cached_by, check_empty, fork
-from tests.harness import Daemon
+from tests.harness import Daemon, wait_until
 
 TOLD = (errors.DoubleFreeError, errors.StaleHandleError, errors.ClosedError)
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -106,6 +106,8 @@ def test_processes_exchange_thousands_of_blocks(session: hc.Session, shared: hc.
     for end in (here, there):
         end.close()
     assert shared.statistics().busy_blocks == 0
+    shared.trim()
+    wait_until(lambda: shared.statistics().cached_blocks == 0)  # the dead processes' caches
     check_empty(shared)
 
 
@@ -212,6 +214,8 @@ def test_of_many_processes_that_free_a_block_one_succeeds(session: hc.Session) -
     marks = bytes(board.view)
     assert all(sum(marks[at : at + processes]) == 1 for at in range(0, len(marks), processes))
     board.free()
+    heap.trim()
+    wait_until(lambda: heap.statistics().cached_blocks == 0)
     check_empty(heap)
 
 
@@ -347,6 +351,8 @@ def test_what_was_freed_stays_dead_across_forks(session: hc.Session, shared: hc.
         blocks[number].free()
     for block in anew:
         block.free()
+    shared.trim()
+    wait_until(lambda: shared.statistics().cached_blocks == 0)
     check_empty(shared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -76,12 +77,15 @@ def interrupts() -> Iterator[Callable[..., bool]]:
             return True
         return False
 
-    before = signal.signal(signal.SIGALRM, handler)
+    gc.collect()
+    gc.disable()  # an interrupt in a finaliser of what other tests left would only be printed
+    before, (left, _) = signal.signal(signal.SIGALRM, handler), signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         yield attempt
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        gc.enable()
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)  # of the test runner's own timeout
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
