@@ -1,4 +1,4 @@
-"""From a handle to its block, in the mapping alone.
+"""From a handle or an address to its block, in the mapping alone.
 
 A handle comes from another process, maybe long ago, maybe made up. So each step checks before it touches the next:
 is the page committed and a slab's or run's, is there a state word, is it busy with that generation, does a block of
@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from heapd.errors import InvalidArgumentError, NotABlockError, StaleHandleError
-from heapd.layout import BUSY, KIND_RUN, KIND_SLAB, PAGE_COMMITTED, WORD, Handle, slab_class_index
-from heapd.sizeclass import CLASS_COUNT, CLASSES
+from heapd.layout import BUSY, KIND_RUN, KIND_SLAB, PAGE_COMMITTED, WORD, Handle, PageInfo, slab_class_index
+from heapd.sizeclass import CLASS_COUNT, CLASSES, SizeClass
 from heapd.units import PAGE_SHIFT, pages_for
 
 if TYPE_CHECKING:
     from .mapping import Mapping
 
-__all__ = ["Located", "checked_handle", "locate", "stale"]
+__all__ = ["Located", "checked_handle", "handle_at", "locate", "stale"]
 
 _SLOT_SHIFT: Final = PAGE_SHIFT - 3  # pages to slots
 
@@ -79,6 +79,36 @@ def locate(arena: Mapping, handle: Handle) -> Located:
     return Located(size, extent or _run_extent(size), info.heap)
 
 
+def handle_at(arena: Mapping, address: int) -> Handle:
+    """The handle of the busy block that begins at `address` now.
+
+    Raises: NotABlockError if none does; InvalidArgumentError if it lies beyond the arena.
+    """
+    info = arena.find_page(address)
+    if info is None:
+        raise InvalidArgumentError(f"the address {address:#x} is beyond the arena", address=address)
+    slot = _find_slot(arena, address, info)
+    if slot is not None:
+        form, word = arena.shape.word_format(slot), arena.words[slot]
+        if form.state(word) == BUSY:
+            return Handle(arena.instance, slot, address, form.generation(word))
+    raise NotABlockError(f"no allocated block begins at address {address:#x}", address=address)
+
+
+def _find_slot(arena: Mapping, address: int, info: PageInfo) -> int | None:
+    """The slot of the state word of what may begin at `address`, in a page of that kind; None if no block does."""
+    if info.state != PAGE_COMMITTED:
+        return None
+    if info.kind == KIND_RUN:
+        is_first = address == info.start << PAGE_SHIFT and arena.is_run_word_ready(info.start)
+        return arena.shape.run_slot(info.start) if is_first else None
+    shape = _slab_shape_at(arena, info.start) if info.kind == KIND_SLAB else None
+    if shape is None:
+        return None
+    number, rest = divmod(address - (info.start << PAGE_SHIFT) - shape.first_offset, shape.extent)
+    return None if rest or not 0 <= number < shape.block_count else (info.start << _SLOT_SHIFT) + 1 + number
+
+
 def _run_at(arena: Mapping, page: int, start: int) -> tuple[int, int] | None:
     """(address, 0: the extent follows from the size) of the run that begins at `page`; None if none does."""
     if page != start or not arena.is_run_word_ready(page):
@@ -89,17 +119,21 @@ def _run_at(arena: Mapping, page: int, start: int) -> tuple[int, int] | None:
 def _slab_block_at(arena: Mapping, slot: int, start: int) -> tuple[int, int] | None:
     """(address, extent) of the block whose state word is at `slot`, in the slab that begins at page `start`; None if
     no state word is there."""
-    if arena.page(start).state != PAGE_COMMITTED:
-        return None
-    first = start << _SLOT_SHIFT
-    class_index = slab_class_index(arena.words[first])
-    number = slot - first - 1
-    if class_index is None or class_index >= CLASS_COUNT:
-        return None
-    shape = CLASSES[class_index]
-    if shape.is_run or not 0 <= number < shape.block_count:
+    shape = _slab_shape_at(arena, start)
+    number = slot - (start << _SLOT_SHIFT) - 1
+    if shape is None or not 0 <= number < shape.block_count:
         return None
     return (start << PAGE_SHIFT) + shape.first_offset + number * shape.extent, shape.extent
+
+
+def _slab_shape_at(arena: Mapping, start: int) -> SizeClass | None:
+    """The size class of the slab that begins at page `start`; None if none does."""
+    if arena.page(start).state != PAGE_COMMITTED:
+        return None
+    class_index = slab_class_index(arena.words[start << _SLOT_SHIFT])
+    if class_index is None or class_index >= CLASS_COUNT or CLASSES[class_index].is_run:
+        return None
+    return CLASSES[class_index]
 
 
 def _run_extent(size: int) -> int:

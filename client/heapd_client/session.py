@@ -43,7 +43,7 @@ from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
 from .control import Greeting, is_answering, not_found, say_hello
-from .handles import checked_handle, locate, stale
+from .handles import checked_handle, handle_at, locate, stale
 from .heap import Heap
 from .heapcore import as_timeout
 from .mapping import Mapping
@@ -395,6 +395,18 @@ class Session:
         if form.generation(word) != handle.generation or form.state(word) != BUSY:
             raise stale(handle)
         return Block(heap, handle.slot, handle.address, extent, -word)
+
+    def block_at(self, address: int) -> Block:
+        """The block that begins at an address, whoever allocated it. As `open`, for who has kept nothing but addresses:
+        they cannot tell a block from one that was at its place before.
+
+        Raises: NotABlockError if no allocated block begins there; InvalidArgumentError if that is beyond the arena.
+        """
+        if self._is_closed:
+            raise ClosedError("the session is closed")
+        if not isinstance(address, int):
+            raise InvalidArgumentError(f"an address is an int, not {type(address).__name__}")
+        return self.open(handle_at(self.arena, address))
 
     def _heap_at(self, control_index: int, handle: Handle) -> Heap:
         words = self.arena.words

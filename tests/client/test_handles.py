@@ -118,3 +118,32 @@ def test_opening_touches_no_uncommitted_page(session: hc.Session, heap: hc.Heap)
         with pytest.raises((errors.StaleHandleError, errors.InvalidArgumentError)):
             session.open(handle._replace(slot=page * 512 + 1, address=page * 4096))
     assert os.stat(f"/dev/shm/{session.segment}").st_blocks == before
+
+
+@pytest.mark.parametrize("size", [0, 1, 500, 4_096, 5_000, 65_536, 3_000_000])
+def test_an_address_leads_to_the_block_that_begins_there(session: hc.Session, heap: hc.Heap, size: int) -> None:
+    """Of any kind, also to one that another session allocated in a heap that this one has not opened."""
+    with hc.connect(session.endpoint, autostart=False) as other:
+        theirs = other.create_heap().alloc(size)
+        for block in (heap.alloc(size), theirs):
+            found = session.block_at(block.address)
+            assert (found.size, found.extent, found.handle) == (size, block.extent, block.handle)
+            assert found.heap.id == block.heap.id
+
+
+def test_an_address_at_which_no_block_begins_is_refused(session: hc.Session, heap: hc.Heap) -> None:
+    """Within a block, in a slab's head, freed, in the tables, beyond the arena, not even a number."""
+    small, run, large = (heap.alloc(size) for size in (100, 8_192, 300_000))
+    freed = heap.alloc(64)
+    freed.free()
+    nowhere = [block.address + step for block in (small, run, large) for step in (1, 16, -8)]
+    nowhere += [run.address + 4_096, small.address & -4_096, freed.address, 0, 4_096, session.arena.size - 16]
+    for address in nowhere:
+        with pytest.raises(errors.NotABlockError, match=f"{address:#x}"):
+            session.block_at(address)
+    for address in (-16, session.arena.size, 2**70, None, "0", 1.0):
+        with pytest.raises(errors.InvalidArgumentError):
+            session.block_at(address)  # type: ignore[arg-type]
+    heap.destroy()
+    with pytest.raises(errors.NotABlockError):
+        session.block_at(large.address)
