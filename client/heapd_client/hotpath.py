@@ -4,7 +4,8 @@ What runs when that is not enough (no block cached, a view alive, a new epoch, t
 are closures, not methods, and each trick is here for its nanoseconds (scripts/bench alloc shows the sum):
 
 - A closure's variables are one load each; the same through `self` would be two.
-- There is one Block type a bin, so that `stack` and `limit` need not be looked up in the block.
+- There is one Block type a bin, so that `stack` and `limit` need not be looked up in the block; those who have the
+  block alone, and time, find the stack as `_home`.
 - `stack_of` maps the size asked for, in units of 16 bytes rounded up, to its bin's stack; extents are multiples of 16.
   The very size as the key would save 25 ns where there are few sizes, and cost 80 ns of cache misses where there are
   thousands, and the slow path for each new one. What is no key (0, negative, not an int, large and seen for the first
@@ -79,7 +80,7 @@ def make_alloc(
         except LookupError:
             pass
         except BaseException as error:
-            _put_back(stack_of, size, block)
+            _put_back(stack_of, block)
             if not isinstance(error, _NO_SIZE):
                 raise
             block = None
@@ -88,14 +89,13 @@ def make_alloc(
     return alloc
 
 
-def _put_back(stack_of: StackOf, size: Any, block: Any) -> None:
-    """Cache a block again that an exception kept from being given out. Where the front end has stopped meanwhile, the
-    block is among those that giving everything back finds."""
+def _put_back(stack_of: StackOf, block: Any) -> None:
+    """Cache a block again, in the bin it came from, that an exception kept from being given out. Where the front end
+    has stopped meanwhile, the block is among those that giving everything back finds."""
     if block is not None:
         block._word = 0
-        stack = stack_of.get(size + 15 >> 4)
-        if stack is not None:
-            stack.append(block)
+        if stack_of:
+            block._home.append(block)
 
 
 _SEEN_BY_BLOCK: Final = 3  # references to a view that nobody else has: the block's, a local name's, getrefcount's
@@ -145,6 +145,7 @@ def make_block_type(
 
     class _Block(Block):
         __slots__ = ()
+        _home = stack
         view = _make_view(words, live_slot, live)
 
         def free(self) -> None:
@@ -219,14 +220,14 @@ def make_locked_alloc(
                 except LookupError:
                     pass
                 except _NO_SIZE:
-                    _put_back(stack_of, size, block)
+                    _put_back(stack_of, block)
                     block = None
             status = RELEASED
             unlock()
         except BaseException:
             if block is not None:
                 words[block.slot] = block._base
-                _put_back(stack_of, size, block)
+                _put_back(stack_of, block)
             undo(status)
             raise
         return slow(size, zero, block)
@@ -257,6 +258,7 @@ def make_locked_block_type(
 
     class _Block(Block):
         __slots__ = ()
+        _home = stack
         view = _make_view(words, live_slot, live)
 
         def free(self) -> None:

@@ -20,14 +20,20 @@ from heapd_client.hotpath import Lock, is_quiet, make_alloc, make_block_type, ma
 from tests.client.tools import Interrupt
 
 LIVE_SLOT, LIVE, SESSION, SIZE = 0, 3, 5, 64
+LARGER = 80  # the extent of the next larger bin
+CACHED_WORD = SLAB_WORD.cached(SESSION, 9)
 
 
 class Stack(list[Any]):
-    """A bin's list; `after` runs when pop or append has done its work, once."""
+    """A bin's list; `after` runs when pop or append has done its work, `before` before a pop; each once."""
 
     after: Callable[[], None] | None = None
+    before: Callable[[], None] | None = None
 
     def pop(self, index: Any = -1) -> Any:
+        before, self.before = self.before, None
+        if before is not None:
+            before()
         block = super().pop(index)
         self.run()
         return block
@@ -43,37 +49,57 @@ class Stack(list[Any]):
 
 
 class Rig:
-    """One bin and its hot functions.
+    """A bin, the next larger one, and their hot functions.
 
-    Fields: words, stack, slow (calls of the slow path: what was passed), depth (of a make-believe mutex), `at` (what
-    runs after trylock or unlock, once, by name).
+    Fields: words, stack, larger (the larger bin's stack; at first empty), slow (calls of the slow path: what was
+    passed), depth (of a make-believe mutex), `at` (what runs after trylock or unlock, once, by name).
     """
 
     def __init__(self, *, locked: bool, blocks: int = 4) -> None:
         self.words = memoryview(bytearray(8 * 64)).cast("Q")
         self.words[LIVE_SLOT] = LIVE
-        self.stack = Stack()
+        self.stack, self.larger = Stack(), Stack()
         self.stack_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.stack}
+        self.larger_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.larger}
         self.slow: list[Any] = []
         self.depth = 0
         self.at: dict[str, Callable[[], None]] = {}
         self.busy_for_now = False
-        arguments = (self.words, LIVE_SLOT, LIVE)
+        self.lock = Lock(self.trylock, self.unlock, self.settle, self.undo) if locked else None
         self.take_counts: list[Callable[[], int]] = []
-        if locked:
-            lock = Lock(self.trylock, self.unlock, self.settle, self.undo)
-            self.alloc, count = make_locked_alloc(*arguments, self.stack_of, self.slow_alloc, lock)
-            self.kind, set_limit, count_frees = make_locked_block_type(*arguments, self.stack, self.slow_free, lock)
-            self.take_counts = [count, count_frees]
+        arguments = (self.words, LIVE_SLOT, LIVE, self.stack_of, self.larger_of, self.slow_alloc)
+        if self.lock is None:
+            self.alloc = make_alloc(*arguments)
         else:
-            self.alloc = make_alloc(*arguments, self.stack_of, self.slow_alloc)
-            self.kind, set_limit = make_block_type(*arguments, self.stack, self.slow_free)
-        self.set_limit = set_limit
-        set_limit(10)
+            self.alloc, count = make_locked_alloc(*arguments, self.lock)
+            self.take_counts.append(count)
+        self.kind, self.set_limit = self.make_kind(self.stack)
+        self.larger_kind, _ = self.make_kind(self.larger)
         for number in range(blocks):
-            block = self.kind(None, 8 + number, 4096 * number, SIZE, 0)  # type: ignore[arg-type]
-            block._base = self.words[block.slot] = SLAB_WORD.cached(SESSION, 9)
-            list.append(self.stack, block)
+            list.append(self.stack, self.make_block(self.kind, number, SIZE))
+
+    def make_kind(self, stack: list[Any]) -> tuple[type[Block], Callable[[int], None]]:
+        """The Block type of a bin that may hold ten blocks, and what sets another limit."""
+        arguments = (self.words, LIVE_SLOT, LIVE, stack, self.slow_free)
+        if self.lock is None:
+            kind, set_limit = make_block_type(*arguments)
+        else:
+            kind, set_limit, count = make_locked_block_type(*arguments, self.lock)
+            self.take_counts.append(count)
+        set_limit(10)
+        return kind, set_limit
+
+    def make_block(self, kind: type[Block], number: int, extent: int) -> Block:
+        """A cached block; its state word is that of the slot 8 + `number`."""
+        block = kind(None, 8 + number, 4096 * number, extent, 0)  # type: ignore[arg-type]
+        block._base = self.words[block.slot] = CACHED_WORD
+        return block
+
+    def fill_larger(self, blocks: int) -> None:
+        """Have blocks in the larger bin, and none in the own one."""
+        self.stack.clear()
+        for number in range(blocks):
+            list.append(self.larger, self.make_block(self.larger_kind, 16 + number, LARGER))
 
     def run(self, name: str) -> None:
         action = self.at.pop(name, None)
@@ -145,7 +171,7 @@ def test_alloc_pops_and_stores_and_free_undoes_both(rig: Rig) -> None:
     assert block._word == word
     assert len(rig.stack) == 3
     block.free()
-    assert rig.words[block.slot] == block._base == SLAB_WORD.cached(SESSION, 9)
+    assert rig.words[block.slot] == block._base == CACHED_WORD
     assert (block.is_free, len(rig.stack), rig.depth, rig.slow) == (True, 4, 0, [])
 
 
@@ -219,8 +245,107 @@ def test_acquisitions_are_counted_once() -> None:
     rig = Rig(locked=True)
     for _ in range(3):
         rig.alloc(SIZE).free()
-    assert [take() for take in rig.take_counts] == [3, 3]
-    assert [take() for take in rig.take_counts] == [0, 0]
+    assert [take() for take in rig.take_counts] == [3, 3, 0]
+    assert [take() for take in rig.take_counts] == [0, 0, 0]
+
+
+# -- the next larger bin -----------------------------------------------------------------------------------------------
+def test_an_empty_bin_is_helped_out_by_the_next_larger_one(rig: Rig) -> None:
+    """The block is BUSY with the size asked for; freed, it is in the larger bin again, with what it had before."""
+    rig.fill_larger(3)
+    block = rig.alloc(SIZE)
+    word = rig.words[block.slot]
+    assert type(block) is rig.larger_kind
+    assert (block.extent, SLAB_WORD.state(word), SLAB_WORD.size(word)) == (LARGER, BUSY, SIZE)
+    assert len(rig.larger) == 2
+    block.free()
+    assert rig.words[block.slot] == block._base == CACHED_WORD
+    assert (len(rig.stack), len(rig.larger), rig.depth, rig.slow) == (0, 3, 0, [])
+    assert sum(take() for take in rig.take_counts) == (2 if rig.lock else 0)
+
+
+def test_a_bin_that_has_blocks_leaves_the_larger_one_alone(rig: Rig) -> None:
+    """What is wasted is wasted only where a round trip would be."""
+    rig.larger.append(rig.make_block(rig.larger_kind, 16, LARGER))
+    rig.larger.append(rig.make_block(rig.larger_kind, 17, LARGER))
+    assert type(rig.alloc(SIZE)) is rig.kind
+    assert len(rig.larger) == 2
+
+
+@pytest.mark.parametrize("case", ["no larger bin", "none there", "one there", "still referred to"])
+def test_what_the_larger_bin_cannot_do_is_left_to_the_slow_path(rig: Rig, case: str) -> None:
+    """It is asked once; the object that somebody still refers to is handed on."""
+    rig.fill_larger({"one there": 1, "still referred to": 3}.get(case, 0))
+    if case == "no larger bin":
+        rig.larger_of.clear()
+    kept = rig.larger[-2] if case == "still referred to" else None
+    rig.alloc(SIZE)
+    assert rig.slow == [(SIZE, False, kept)]
+    assert (len(rig.larger), rig.depth) == ({"one there": 1, "still referred to": 2}.get(case, 0), 0)
+
+
+def test_a_key_that_is_no_size_returns_a_block_to_the_larger_bin(rig: Rig) -> None:
+    """It does not end up in the bin that was asked, where its bytes would be counted wrongly."""
+    rig.fill_larger(3)
+    size = Odd(SIZE)
+    rig.alloc(size)
+    assert rig.slow == [(size, False, None)]
+    assert (len(rig.stack), len(rig.larger), rig.depth) == (0, 3, 0)
+
+
+def check_larger_is_whole(rig: Rig, *, lost: int = 0) -> None:
+    """Each of three blocks is CACHED; all but `lost` are in the larger bin, once, none in the smaller."""
+    assert (len(rig.stack), len(rig.larger), rig.depth) == (0, 3 - lost, 0)
+    assert len(set(map(id, rig.larger))) == len(rig.larger)
+    assert all(type(block) is rig.larger_kind and block.is_free for block in rig.larger)
+    assert [rig.words[slot] for slot in (24, 25, 26)] == [CACHED_WORD] * 3
+
+
+@pytest.mark.parametrize("at", ["pop of none", "pop", "getrefcount"])
+def test_an_interrupt_there_loses_no_more_than_a_cached_block(
+    rig: Rig, at: str, count_references: list[Callable[[], None]]
+) -> None:
+    """Only the result of the pop itself is lost to us, and giving everything back finds it by its word."""
+    rig.fill_larger(3)
+    if at == "pop of none":
+        rig.stack.before = interrupt
+    elif at == "pop":
+        rig.larger.after = interrupt
+    else:
+        count_references.append(interrupt)
+    with pytest.raises(Interrupt):
+        rig.alloc(SIZE)
+    count_references.clear()
+    check_larger_is_whole(rig, lost=at == "pop")
+
+
+def test_an_interrupt_as_the_mutex_is_given_up_returns_the_larger_block() -> None:
+    """After the store: the word says CACHED again, and the block is where it came from."""
+    rig = Rig(locked=True)
+    rig.fill_larger(3)
+    rig.at["unlock"] = interrupt
+    with pytest.raises(Interrupt):
+        rig.alloc(SIZE)
+    check_larger_is_whole(rig)
+
+
+def test_an_interrupt_after_the_front_end_stopped_fills_no_larger_bin(
+    rig: Rig, count_references: list[Callable[[], None]]
+) -> None:
+    """Its lists stay empty: whoever gives everything back has taken them."""
+
+    def stop() -> None:
+        rig.stack_of.clear()
+        rig.larger_of.clear()
+        rig.larger.clear()
+        raise Interrupt
+
+    rig.fill_larger(3)
+    count_references.append(stop)
+    with pytest.raises(Interrupt):
+        rig.alloc(SIZE)
+    count_references.clear()
+    check_larger_is_whole(rig, lost=3)
 
 
 # -- a signal handler raises -------------------------------------------------------------------------------------------
@@ -229,7 +354,7 @@ def check_nothing_is_held(rig: Rig, *, lost: int = 0) -> None:
     assert rig.depth == 0
     assert len(rig.stack) >= 4 - lost
     assert len(set(map(id, rig.stack))) == len(rig.stack)
-    assert all(rig.words[slot] == SLAB_WORD.cached(SESSION, 9) for slot in range(8, 12))
+    assert all(rig.words[slot] == CACHED_WORD for slot in range(8, 12))
     assert all(block.is_free for block in rig.stack)
     rig.alloc(SIZE).free()
     assert rig.slow == []
@@ -300,7 +425,7 @@ def test_an_interrupt_after_the_front_end_stopped_is_passed_on(rig: Rig) -> None
     with pytest.raises(Interrupt):
         rig.alloc(SIZE)
     assert rig.depth == 0
-    assert all(rig.words[slot] == SLAB_WORD.cached(SESSION, 9) for slot in range(8, 12))
+    assert all(rig.words[slot] == CACHED_WORD for slot in range(8, 12))
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
@@ -427,6 +552,6 @@ def test_a_slow_path_below_alloc_is_harmless(rig: Rig) -> None:
     def slow(size: int, zero: bool, popped: Any) -> None:
         told.append(is_quiet({slow.__code__}))
 
-    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, slow)  # type: ignore[arg-type]
+    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, rig.larger_of, slow)  # type: ignore[arg-type]
     alloc(1)
     assert told == [True]
