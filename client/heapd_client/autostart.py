@@ -15,7 +15,7 @@ from typing import Final
 
 import heapd
 from heapd.errors import DaemonNotFoundError
-from heapd.wire import Endpoint, make_directory
+from heapd.wire import Endpoint, check_directory, make_directory
 
 from .control import is_answering, not_found
 
@@ -35,6 +35,8 @@ def start_daemon(endpoint: Endpoint, timeout_s: float) -> None:
     Raises: SegmentError if the runtime directory cannot be used; DaemonNotFoundError if no daemon answers within
             `timeout_s` seconds, with the end of its log.
     """
+    if os.path.isdir(endpoint.directory) and check_directory(endpoint.directory).uid != os.getuid():
+        raise not_found(endpoint)  # a group's daemon, and somebody else's to start
     make_directory(endpoint.directory)
     deadline = monotonic() + timeout_s
     log = os.path.join(endpoint.directory, f"{endpoint.name}.log")

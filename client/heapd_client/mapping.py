@@ -37,6 +37,7 @@ from heapd.layout import (
     split_page_word,
 )
 from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_down, align_up
+from heapd.wire import Access
 
 __all__ = ["Mapping"]
 
@@ -54,17 +55,18 @@ class Mapping:
     Locks:  none; any thread may read.
     """
 
-    def __init__(self, name: str, size: int, instance: bytes) -> None:
+    def __init__(self, name: str, size: int, instance: bytes, access: Access | None = None) -> None:
         """Map the daemon's segment.
 
-        Args:   name, size (bytes) and instance (16 bytes) as hello told them.
-        Raises: SegmentError if it is missing, not a private file of this user, or another arena than was promised;
+        Args:   name, size (bytes) and instance (16 bytes) as hello told them; access (whose daemon that is, None: this
+                user's own).
+        Raises: SegmentError if it is missing, not a private file of that user, or another arena than was promised;
                 VersionError if its layout is another one than this client knows.
         """
         self.name = name
         self.size = size
         self.instance = instance
-        self._fd = _open(name, size)
+        self._fd = _open(name, size, access or Access(os.geteuid()))
         try:
             self._memory = mmap.mmap(self._fd, size, mmap.MAP_SHARED, _READ_WRITE)
             self.base = memoryview(self._memory)
@@ -196,7 +198,7 @@ class Mapping:
         self._executable[first:end] = bytes([executable]) * (end - first)
 
 
-def _open(name: str, size: int) -> int:
+def _open(name: str, size: int, access: Access) -> int:
     """A descriptor of the segment, checked: nobody else can have put another file in its place."""
     if "/" in name:
         raise SegmentError("the daemon named a segment that is none")
@@ -205,8 +207,8 @@ def _open(name: str, size: int) -> int:
     except OSError as error:
         raise SegmentError(f"the shared memory segment {name} cannot be opened: {error.strerror}") from error
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        fault = "is not a private file of this user"
+    if not stat.S_ISREG(status.st_mode) or not access.admits(status):
+        fault = f"is not a private file of user {access.uid}"
     elif status.st_nlink != 1:
         fault = "was removed, or has a second name"
     elif status.st_size != size:

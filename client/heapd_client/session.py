@@ -36,7 +36,7 @@ from heapd.layout import (
     Handle,
 )
 from heapd.records import ArenaStatistics, HeapInfo, SessionInfo
-from heapd.wire import Endpoint, Request
+from heapd.wire import Endpoint, Request, check_directory
 from heapd.wire import messages as ask
 
 from .autostart import start_daemon
@@ -109,7 +109,8 @@ class Session:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             greeting = say_hello(endpoint, timeout, context)
-            self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance)
+            access = check_directory(endpoint.directory)
+            self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance, access)
         except BaseException:
             context.term()
             raise

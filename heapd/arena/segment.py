@@ -98,18 +98,32 @@ class Segment:
         os.fchmod(segment.fd, 0o600)
         return segment
 
+    def open_to(self, gid: int | None) -> None:
+        """Let the members of a group map the segment too; None: nobody but this user, as it was made.
+
+        Raises: SegmentError if this user may not give it to the group.
+        """
+        try:
+            if gid is not None:
+                os.fchown(self.fd, -1, gid)
+            os.fchmod(self.fd, 0o600 if gid is None else 0o660)
+        except OSError as error:
+            raise SegmentError(
+                f"the segment {self.name} cannot be opened to group {gid}: {error.strerror}; be a member of it"
+            ) from error
+
     @classmethod
     def attach(cls, name: str) -> Segment:
         """Map an existing segment of this user.
 
-        Raises: SegmentError if it is missing, empty, not a plain file, another user's, writable by others, or too large
-                for this process to map.
+        Raises: SegmentError if it is missing, empty, not a plain file, another user's, open to others than this user
+                or a group, or too large for this process to map.
         """
         try:
             status = os.lstat(SHM_DIRECTORY / name)
         except FileNotFoundError:
             raise SegmentError(f"there is no shared memory segment {name}") from None
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        if status.st_uid != os.geteuid() or status.st_mode not in (stat.S_IFREG | 0o600, stat.S_IFREG | 0o660):
             raise SegmentError(f"the shared memory segment {name} is not a private file of this user")
         if not status.st_size:
             raise SegmentError(f"the shared memory segment {name} is empty: whoever was making it did not finish")

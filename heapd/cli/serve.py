@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import grp
 import logging
 import os
 
@@ -21,6 +22,8 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--name", help=f"The daemon's name.  [default: {DEFAULT_NAME}]")
 @click.option("--runtime-dir", type=click.Path(file_okay=False), help="Directory of its sockets; made 0700.")
 @click.option("--endpoint", "-e", type=ENDPOINT, help="Both in one: NAME or ipc://DIRECTORY/NAME.")
+@click.option("--group", callback=lambda ctx, param, value: _gid(value),
+              help="Serve this group's members too (name or number).  [default: its user alone]")  # fmt: skip
 @click.option("--reserve", type=SIZE, default="64GiB", show_default=True, help="Address space of the arena; sparse.")
 @click.option(
     "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"
@@ -35,6 +38,7 @@ def serve(
     name: str | None,
     runtime_dir: str | None,
     endpoint: Endpoint | None,
+    group: int | None,
     reserve: int,
     commit_limit: int | None,
     idle_exit: float | None,
@@ -58,6 +62,7 @@ def serve(
         Config(
             endpoint=endpoint or _endpoint(name, runtime_dir),
             reserve=reserve,
+            gid=group,
             commit_limit=commit_limit,
             idle_exit_s=idle_exit,
             ready_fd=ready_fd,
@@ -73,6 +78,18 @@ def _endpoint(name: str | None, runtime_dir: str | None) -> Endpoint:
         return Endpoint(runtime_dir or runtime_directory(), name or DEFAULT_NAME)
     except InvalidArgumentError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _gid(group: str | None) -> int | None:
+    """The group's number. Raises: click.BadParameter if there is none of that name."""
+    if group is None:
+        return None
+    if group.isdecimal() and int(group) < 2**32 - 1:  # the last one means "leave it as it is"
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise click.BadParameter(f"there is no group {group!r}") from None
 
 
 def _check_open(descriptor: int) -> None:

@@ -20,6 +20,7 @@ class Config:
     Fields:
         endpoint              where it listens
         reserve               bytes of address space for the arena
+        gid                   group whose members are served too, None: its own user alone
         commit_limit          bytes it may commit, None: what the machine leaves, less a margin
         idle_exit_s           ends by itself this long after its last session, None: never
         ready_fd              a line "ready" is written to it once clients are answered, None: nobody waits
@@ -36,6 +37,7 @@ class Config:
 
     endpoint: Endpoint
     reserve: int = DEFAULT_RESERVE
+    gid: int | None = None
     commit_limit: int | None = None
     idle_exit_s: float | None = None
     ready_fd: int | None = None

@@ -35,6 +35,8 @@ __all__ = [
 log = logging.getLogger("heapd.server")
 
 _SO_PEERPIDFD: Final = 77  # asm-generic/socket.h; CPython has no name for it
+_SO_PEERGROUPS: Final = 59  # likewise; Linux 4.13
+_MAX_OPTION_BYTES: Final = 1024  # what CPython's getsockopt takes: 256 groups
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
 _START_TIME_FIELD: Final = 22  # of /proc/PID/stat, counted from 1
 
@@ -114,6 +116,10 @@ class MessageCaller:
         self._connection = connection
         self._table = table
 
+    def is_member(self, gid: int) -> bool:
+        """Whether the process was in that group when it connected. A process in more than 256 groups is in none."""
+        return self._connection is not None and gid in _groups_of_connection(self._connection, self.pid)
+
     def admit(self) -> ClientProcess | None:
         """The living process behind the message, None if it has died."""
         return self._table.admit(self.pid, self.uid, self._connection)
@@ -187,6 +193,23 @@ def _pidfd_of_connection(connection: int, pid: int) -> int | None:
             return peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
     except OSError:
         return None
+
+
+def _groups_of_connection(connection: int, pid: int) -> set[int]:
+    """The groups, primary and supplementary, of the process that made the connection, as they were then.
+
+    SO_PEERCRED has the primary group only. /proc/PID/status has them all, but of whatever the process is now: it may
+    have connected as a stranger and become a program that is set to another user's id.
+    """
+    try:
+        with _borrow(connection) as peer:
+            peer_pid, _, primary = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            if peer_pid != pid:
+                return set()
+            groups = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_OPTION_BYTES)
+    except OSError:
+        return set()
+    return {primary, *struct.unpack(f"{len(groups) // 4}I", groups)}
 
 
 def _pidfd_of_pid(pid: int) -> int | None:

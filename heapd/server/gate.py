@@ -15,7 +15,7 @@ from typing import Final
 import zmq
 
 from heapd.server.config import Config
-from heapd.wire import MAX_REQUEST_BYTES
+from heapd.wire import MAX_REQUEST_BYTES, Access
 
 __all__ = ["SHUT_SUFFIX", "Gate"]
 
@@ -33,6 +33,7 @@ class Gate:
         self._shut_path = path + SHUT_SUFFIX
         self._address = f"ipc://{path}"
         self._config = config
+        self._access = Access(os.getuid(), config.gid)
         self.is_open = self._is_bound = False
         self.socket, self.monitor = self._make()
 
@@ -44,7 +45,8 @@ class Gate:
         socket.set(zmq.RCVHWM, self._config.backlog_frames)
         socket.set(zmq.SNDHWM, self._config.backlog_frames)
         socket.set(zmq.HANDSHAKE_IVL, self._config.handshake_ms)
-        socket.set(zmq.IPC_FILTER_UID, os.getuid())
+        if self._access.gid is None:  # for a group the socket's permissions do it; libzmq knows primary groups only
+            socket.set(zmq.IPC_FILTER_UID, self._access.uid)
         monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
         return socket, monitor
 
@@ -55,7 +57,8 @@ class Gate:
         if self._is_bound:
             os.rename(self._shut_path, self._path)
         else:
-            self.socket.bind(self._address)
+            self.socket.bind(self._address)  # by the umask it is nobody's but ours until the next line
+            self._access.give(self._path)
             self._is_bound = True
         self.is_open = True
 

@@ -49,7 +49,7 @@ def serve(config: Config) -> None:
              if the daemon cannot start. Nothing of it is left then.
     """
     endpoint = config.endpoint
-    make_directory(endpoint.directory)
+    make_directory(endpoint.directory, config.gid)
     os.umask(0o077)
     with contextlib.ExitStack() as stack:
         lock = DaemonLock.acquire(endpoint)
@@ -59,6 +59,7 @@ def serve(config: Config) -> None:
         arena = Arena.create(claim_segment(endpoint), reserve=config.reserve, commit_limit=config.commit_limit)
         manager = HeapManager(arena, clock=time.monotonic_ns, limits=Limits(sessions=config.max_sessions))
         stack.callback(manager.shutdown)
+        arena.segment.open_to(config.gid)
         service = _service(config, manager, arena)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
@@ -114,6 +115,7 @@ def _service(config: Config, manager: HeapManager, arena: Arena) -> Service:
         python=platform.python_version(),
         started_at=time.time(),
         started_ns=time.monotonic_ns(),
+        gid=config.gid,
     )
     return Service(manager, identity, clock=time.monotonic_ns, max_process_sessions=config.max_process_sessions)
 

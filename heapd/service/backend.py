@@ -75,5 +75,8 @@ class Caller(Protocol):
     def pid(self) -> int: ...
     @property
     def uid(self) -> int: ...
+    def is_member(self, gid: int) -> bool:
+        """Whether the process was in that group when it connected."""
+
     def admit(self) -> Peer | None:
         """The living process behind the message, None if it has died."""

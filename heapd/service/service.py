@@ -30,7 +30,7 @@ from heapd.wire import (
     encode_error,
     encode_reply,
 )
-from heapd.wire.messages import Hello, SessionClose, Status
+from heapd.wire.messages import Hello, SessionClose, Status, Stop
 
 __all__ = ["Answer", "Identity", "Service"]
 
@@ -53,6 +53,7 @@ class Identity:
         incarnation            restarts of the daemon on this arena, from 1
         arena_size             bytes
         pid, uid, start_time   of the daemon's process; start_time in clock ticks after boot
+        gid                    group whose members are served too, None: its user alone
         version, python        of heapd and of the interpreter
         started_at             wall clock, seconds since the epoch
         started_ns             the service's clock at the start
@@ -72,6 +73,7 @@ class Identity:
     python: str
     started_at: float
     started_ns: int
+    gid: int | None = None
 
 
 class Service:
@@ -167,23 +169,29 @@ class Service:
             return self._refusal(error)
         request_id = envelope.request_id
         try:
-            self._check_caller(caller)
+            self._check_caller(caller, envelope.request)
             return self._control(envelope, caller)
         except HeapdError as error:
             return encode_error(request_id, error)
         except Exception:
             return answer_of_fault(request_id, envelope.request.name)
 
-    def _check_caller(self, caller: Caller) -> None:
+    def _check_caller(self, caller: Caller, request: Request) -> None:
         if caller.pid == 0:
             self.counters["callers_refused"] += 1
             raise AccessError(
                 "this daemon cannot see the calling process: they are in different pid namespaces; run both in one "
                 "container, or both outside"
             )
-        if caller.uid != self._identity.uid:
+        who = self._identity
+        if caller.uid == who.uid:
+            return
+        if who.gid is None or not caller.is_member(who.gid):
             self.counters["callers_refused"] += 1
-            raise AccessError(f"this daemon serves user {self._identity.uid}, the caller is user {caller.uid}")
+            group = "" if who.gid is None else f" and group {who.gid}"
+            raise AccessError(f"this daemon serves user {who.uid}{group}, the caller is user {caller.uid}")
+        if type(request) is Stop:
+            raise AccessError(f"this daemon is user {who.uid}'s to stop, the caller is user {caller.uid}")
 
     def _control(self, envelope: Envelope, caller: Caller) -> bytes | None:
         request = envelope.request

@@ -1,8 +1,10 @@
-"""What crosses the socket: the requests (messages), their frames (codec), and where the socket is (endpoint).
+"""What crosses the socket: the requests (messages), their frames (codec), where the socket is
+(endpoint) and who may reach it (access).
 
 PROTOCOL.md in this folder is the specification; it changes together with PROTOCOL_VERSION.
 """
 
+from heapd.wire.access import Access, check_directory, make_directory
 from heapd.wire.codec import (
     MAX_REPLY_BYTES,
     MAX_REQUEST_ID,
@@ -14,7 +16,7 @@ from heapd.wire.codec import (
     encode_reply,
     encode_request,
 )
-from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, check_directory, make_directory, runtime_directory
+from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, runtime_directory
 from heapd.wire.messages import (
     CONTROL_OPS,
     MAX_BATCH,
@@ -37,6 +39,7 @@ __all__ = [
     "OPS",
     "PROTOCOL_VERSION",
     "TOKEN_BYTES",
+    "Access",
     "Endpoint",
     "Envelope",
     "Reply",

@@ -1,4 +1,4 @@
-"""Where a daemon is: a directory that only its user can enter, and a name in it.
+"""Where a daemon is: a directory, and a name in it.
 
 An endpoint is written `ipc://<directory>/<name>`, or just `<name>` for one in the user's runtime directory. The
 daemon's two sockets and its lock file lie in the directory, beside each other:
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from heapd.errors import InvalidArgumentError, SegmentError
+from heapd.errors import InvalidArgumentError
 
 __all__ = [
     "DEFAULT_NAME",
     "Endpoint",
-    "check_directory",
-    "make_directory",
+    "own_directory",
     "runtime_directory",
 ]
 
@@ -113,7 +111,7 @@ class Endpoint:
         Names in /dev/shm are one flat space, so that a daemon elsewhere than in the user's own directory carries a
         hash of where it is. Clients do not compute it: hello tells them.
         """
-        if self.directory == _own_directory(os.environ):
+        if self.directory == own_directory(os.environ):
             return f"heapd-{self.name}"
         return self.unique_segment
 
@@ -127,44 +125,10 @@ class Endpoint:
 def runtime_directory(environ: Mapping[str, str] | None = None) -> str:
     """Where the user's daemons are: $HEAPD_RUNTIME_DIR, else $XDG_RUNTIME_DIR/heapd, else /tmp/heapd-UID."""
     environ = os.environ if environ is None else environ
-    return os.path.abspath(environ.get(_DIRECTORY_VARIABLE) or _own_directory(environ))
+    return os.path.abspath(environ.get(_DIRECTORY_VARIABLE) or own_directory(environ))
 
 
-def _own_directory(environ: Mapping[str, str]) -> str:
+def own_directory(environ: Mapping[str, str]) -> str:
+    """Where the user's daemons are if nobody says otherwise."""
     base = environ.get("XDG_RUNTIME_DIR")
     return os.path.join(os.path.abspath(base), "heapd") if base else f"/tmp/heapd-{os.getuid()}"
-
-
-def make_directory(path: str) -> None:
-    """Make the directory for this user alone, its parents too, unless it is there; then check it.
-
-    Raises: SegmentError as check_directory does, or with the system's reason if it cannot be made.
-    """
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise SegmentError(f"the runtime directory {path} cannot be made: {error.strerror}") from error
-    check_directory(path)
-
-
-def check_directory(path: str) -> None:
-    """See that nobody but this user can put anything in the directory, or take it away from inside.
-
-    Raises: SegmentError if it is missing, a symlink, no directory, of another user, or open to others.
-    """
-    try:
-        status = os.lstat(path)
-    except OSError as error:
-        raise SegmentError(f"the runtime directory {path} cannot be used: {error.strerror}") from error
-    if not stat.S_ISDIR(status.st_mode):
-        raise SegmentError(f"the runtime directory {path} is not a directory (a symlink is refused too)")
-    if status.st_uid != os.getuid():
-        raise SegmentError(f"the runtime directory {path} belongs to user {status.st_uid}, not to {os.getuid()}")
-    if status.st_mode & 0o077:
-        raise SegmentError(
-            f"the runtime directory {path} is open to others (mode {stat.S_IMODE(status.st_mode):04o}); "
-            f"chmod 700 it, or choose another with --runtime-dir"
-        )

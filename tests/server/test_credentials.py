@@ -9,12 +9,13 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import zmq
 
 from heapd.server import credentials
-from heapd.server.credentials import ProcessTable, cut_off, is_dead, peer_address, start_time_of
+from heapd.server.credentials import MessageCaller, ProcessTable, cut_off, is_dead, peer_address, start_time_of
 
 
 @pytest.fixture
@@ -161,6 +162,34 @@ def test_a_forgotten_process_has_no_pidfd(table: ProcessTable, child: subprocess
     table.forget(process)
     assert process.pidfd == -1
     assert len(table) == 0
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can choose its groups")
+def test_membership_is_what_it_was_at_the_connect(table: ProcessTable, tmp_path: Path) -> None:
+    """By the kernel's word on the connection: primary and supplementary groups, whatever the process became since."""
+    program = """
+import os, socket, sys
+os.setgroups([7, 4321]); os.setgid(1234)
+peer = socket.socket(socket.AF_UNIX); peer.connect(sys.argv[1])
+os.setgroups([99]); os.setgid(98)
+print(flush=True); sys.stdin.read()
+"""
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        with subprocess.Popen(
+            [sys.executable, "-c", program, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child:
+            assert child.stdout is not None
+            child.stdout.readline()
+            connection, _ = listener.accept()
+            with connection:
+                caller = MessageCaller(child.pid, 0, connection.fileno(), table)
+                assert [gid for gid in (7, 98, 99, 1234, 4321) if caller.is_member(gid)] == [7, 1234, 4321]
+                assert not MessageCaller(os.getpid(), 0, connection.fileno(), table).is_member(7)
+            child.communicate()
+    assert not MessageCaller(child.pid, 0, None, table).is_member(7)
 
 
 # -- smaller things ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -150,15 +149,6 @@ def test_it_says_when_it_is_ready(runtime_dir: Path) -> None:
     finally:
         daemon.terminate()
         assert daemon.wait(10) == 0
-
-
-def test_everything_of_it_is_its_users_alone(daemon: Daemon) -> None:
-    """Directory, sockets and segment, whatever the umask was."""
-    assert stat.S_IMODE(daemon.directory.stat().st_mode) == 0o700
-    for which in ("control", "work"):
-        assert stat.S_IMODE((daemon.directory / f"{daemon.name}.{which}").stat().st_mode) & 0o077 == 0
-    (segment,) = daemon.segments()
-    assert stat.S_IMODE((SHM / segment).stat().st_mode) == 0o600
 
 
 def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -125,6 +125,10 @@ class FakeCaller:
     peer: Peer | None
     pid: int = 42
     uid: int = UID
+    groups: tuple[int, ...] = ()
+
+    def is_member(self, gid: int) -> bool:
+        return gid in self.groups
 
     def admit(self) -> Peer | None:
         return self.peer
@@ -416,6 +420,19 @@ def test_a_caller_that_cannot_be_seen_is_refused(setup: Setup, request_: Request
     with pytest.raises(AccessError, match="pid namespaces"):
         setup.control(request_, FakeCaller(setup.peer, pid=0))
     assert not setup.service.is_stopping
+
+
+def test_a_member_of_the_daemons_group_is_served_and_may_not_stop_it(setup: Setup) -> None:
+    """Everybody else is refused by both names; the daemon is its user's."""
+    setup.service._identity = replace(IDENTITY, gid=50)
+    member = FakeCaller(setup.peer, uid=1001, groups=(7, 50))
+    setup.control(Hello(LAYOUT_VERSION), member)
+    assert setup.control(Status(), member)["name"] == "demo"
+    with pytest.raises(AccessError, match="to stop"):
+        setup.control(Stop(), member)
+    assert not setup.service.is_stopping
+    with pytest.raises(AccessError, match=f"user {UID} and group 50, the caller is user 1001"):
+        setup.control(Hello(LAYOUT_VERSION), FakeCaller(setup.peer, uid=1001, groups=(7,)))
 
 
 def test_hello_of_a_corpse_gets_no_answer_and_no_session(setup: Setup) -> None:

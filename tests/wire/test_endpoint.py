@@ -1,14 +1,13 @@
-"""Endpoints: what the text means, which paths follow from it, and which directories are trusted."""
+"""Endpoints: what the text means, and which paths follow from it."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 
-from heapd.errors import InvalidArgumentError, SegmentError
-from heapd.wire import Endpoint, check_directory, make_directory, runtime_directory
+from heapd.errors import InvalidArgumentError
+from heapd.wire import Endpoint, runtime_directory
 
 
 def test_a_full_endpoint_names_directory_and_name() -> None:
@@ -78,59 +77,3 @@ def test_the_segment_of_the_users_own_directory_has_a_plain_name(monkeypatch: py
     elsewhere = {Endpoint(f"/run/{i}", "demo").segment for i in range(10)}
     assert len(elsewhere) == 10
     assert all(len(name) == len("heapd-demo-") + 8 for name in elsewhere)
-
-
-def test_a_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
-    """Whatever the umask; making it again is no error."""
-    path = tmp_path / "a" / "run"
-    before = os.umask(0)
-    try:
-        make_directory(str(path))
-        make_directory(str(path))
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o700
-
-
-def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:
-    """Others could put a socket there."""
-    tmp_path.chmod(0o770)
-    with pytest.raises(SegmentError, match="open to others"):
-        check_directory(str(tmp_path))
-
-
-def test_a_symlink_to_a_directory_is_refused(tmp_path: Path) -> None:
-    """It may point elsewhere a moment later."""
-    (tmp_path / "real").mkdir(mode=0o700)
-    (tmp_path / "link").symlink_to("real")
-    with pytest.raises(SegmentError, match="symlink"):
-        check_directory(str(tmp_path / "link"))
-
-
-def test_a_file_in_the_directorys_place_is_refused(tmp_path: Path) -> None:
-    """It is not removed either."""
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SegmentError, match="not a directory"):
-        make_directory(str(tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its owner could take away what lies in it."""
-    tmp_path.chmod(0o700)
-    monkeypatch.setattr(os, "getuid", lambda: 4242)
-    with pytest.raises(SegmentError, match="belongs to user"):
-        check_directory(str(tmp_path))
-
-
-def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """With the system's reason."""
-    with pytest.raises(SegmentError, match="No such file"):
-        check_directory(str(tmp_path / "none"))
-
-
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    """A file stands in the way of its parent."""
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SegmentError, match="Not a directory"):
-        make_directory(str(tmp_path / "file" / "run"))
