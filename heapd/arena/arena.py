@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable
+from functools import partial
 from mmap import MADV_REMOVE
 
 from heapd.arena.budget import Budget, default_commit_limit
@@ -17,6 +18,7 @@ from heapd.arena.extents import Extents
 from heapd.arena.pagemap import PageMap
 from heapd.arena.segment import Segment
 from heapd.errors import HeapFullError, InvalidArgumentError
+from heapd.journal import PAGES, Journal
 from heapd.layout import (
     CONTROL_SIZE,
     H_COMMIT_LIMIT,
@@ -58,7 +60,8 @@ _STATE_BYTES = (b"\0", b"\1", b"\2")
 class Arena:
     """Pages of one segment.
 
-    Fields: segment, words (the mapping as "Q"), shape, instance (16 bytes), pages (the page map), budget.
+    Fields: segment, words (the mapping as "Q"), shape, instance (16 bytes), pages (the page map), budget, journal (is
+    told of changes; replaced before the first heap is made, or never).
     Locks:  none; the daemon is one thread.
     """
 
@@ -67,6 +70,7 @@ class Arena:
         self.shape = shape
         self.budget = budget
         self.words = segment.words
+        self.journal = Journal(self.words)
         self.instance = uuid.uuid4().bytes
         self.pages = PageMap(self.words, shape, self._commit_table)
         self.reserved = 0
@@ -179,6 +183,7 @@ class Arena:
 
     def _own(self, first: int, page_count: int, heap: int) -> None:
         self._state[first : first + page_count] = _STATE_BYTES[PAGE_RESERVED] * page_count
+        self.journal.note((PAGES, first, page_count, PAGE_RESERVED))
         self.pages.set(first, page_count, make_page_word(PAGE_RESERVED, KIND_SPARE, heap, first))
         self.reserved += page_count * PAGE_SIZE
         self._publish()
@@ -239,12 +244,14 @@ class Arena:
         missing = page_count - self.committed_in(first, page_count)
         if not missing:
             return 0
+        self.journal.hasten()  # these very pages may wait to be decommitted
         try:
             self.budget.take(missing * PAGE_SIZE)
         except HeapFullError:
             if self.is_settled:
                 raise
             self.settle_all()
+            self.journal.hasten()
             self.budget.take(missing * PAGE_SIZE)
         done: list[tuple[int, int]] = []
         for start, count, is_committed in self.stretches(first, page_count):
@@ -259,6 +266,7 @@ class Arena:
                 raise self.budget.refusal(missing * PAGE_SIZE) from error
             self._state[start : start + count] = _STATE_BYTES[PAGE_COMMITTED] * count
             done.append((start, count))
+        self.journal.note((PAGES, first, page_count, PAGE_COMMITTED))
         self._publish()
         return missing
 
@@ -277,11 +285,15 @@ class Arena:
 
     def _punch(self, first: int, page_count: int, state: int) -> None:
         for start, count, is_committed in self.stretches(first, page_count):
-            if not is_committed:
-                continue
-            self.segment.mapping.madvise(MADV_REMOVE, start << PAGE_SHIFT, count << PAGE_SHIFT)
-            self.budget.give(count * PAGE_SIZE)
+            if is_committed:
+                self.journal.later(partial(self._remove, start, count))
         self._state[first : first + page_count] = _STATE_BYTES[state] * page_count
+        self.journal.note((PAGES, first, page_count, state))
+
+    def _remove(self, first: int, page_count: int) -> None:
+        self.segment.mapping.madvise(MADV_REMOVE, first << PAGE_SHIFT, page_count << PAGE_SHIFT)
+        self.budget.give(page_count * PAGE_SIZE)
+        self._publish()
 
     def _commit_table(self, address: int, size: int) -> None:
         first, count = address >> PAGE_SHIFT, (size + PAGE_SIZE - 1) >> PAGE_SHIFT

@@ -22,6 +22,7 @@ from heapd.errors import (
 )
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
+from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB
 from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
@@ -61,10 +62,18 @@ class Heap:
                 f"{format_size(max(initial, maximum, reserve))} is more than the whole arena"
                 f" ({format_size(arena.shape.size)}); start the daemon with a larger --reserve"
             )
+        self._set_up(arena, index, maximum, max_block)
+        first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
+        pages = align_up(max(first, 1), GRANULE_PAGES)
+        self.space.open(pages, min(max(pages_for(initial), 1), pages))
+
+    def _set_up(self, arena: Arena, index: int, maximum: int, max_block: int) -> None:
         self.arena = arena
         self.index = index
         self.maximum = maximum
         self.max_block = max_block
+        self._note = arena.journal.note
+        self._store = arena.journal.store
         self.space = Space(arena, index, maximum=maximum)
         # A class's slabs with a block to give, lowest address first: so blocks gather in few slabs and others empty.
         self.partial: list[list[Slab]] = [[] for _ in CLASSES]
@@ -75,9 +84,6 @@ class Heap:
         self.releases = 0
         self._slab_of_page: dict[int, Slab] = {}
         self._parked: dict[int, Slab] = {}  # class index -> a slab that was left empty, and may be in use again
-        first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
-        pages = align_up(max(first, 1), GRANULE_PAGES)
-        self.space.open(pages, min(max(pages_for(initial), 1), pages))
 
     # -- alloc -------------------------------------------------------------------------------------------------------
     def alloc(self, size: int, session: int) -> Grant:
@@ -114,11 +120,13 @@ class Heap:
                 yield
                 if self.space.is_closed:
                     raise HeapDestroyedError("the heap was destroyed while the block was committed")
+            self._note((RUN, self.index, first, page_count, 1))
         except (HeapFullError, GeneratorExit):
             if not self.space.is_closed:
                 if self.runs.pop(first, 0):
                     self.releases += 1
-                    self.arena.words[grant.slot] = RUN_WORD.free(grant.generation)
+                    self._note((NO_RUN, self.index, first))
+                    self._store(grant.slot, RUN_WORD.free(grant.generation))
                 self._give_run(first, page_count)
             raise
         finally:
@@ -173,6 +181,7 @@ class Heap:
         if slab.lent_count == kind.block_count:
             self.partial[kind.index].remove(slab)
         self.allocations += 1
+        self._note(slab.first_page << BLOCK_SHIFT | index)
         slot = slab.slot + index
         words = self.arena.words
         generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
@@ -224,6 +233,7 @@ class Heap:
         slab.write_head(self.arena.words, self.arena.next_seed())
         # Pages that were committed before stay so; the page map tells which.
         self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)
+        self._note((SLAB, self.index, first, kind.index, 0, b""))
         self.slabs[first] = slab
         self._slab_of_page.update(dict.fromkeys(range(first, first + kind.page_count), slab))
         insort(self.partial[kind.index], slab)
@@ -252,6 +262,7 @@ class Heap:
     def _finish_run(self, first: int, page_count: int, size: int, session: int, *, fresh: bool) -> Grant:
         self.space.describe_run(first, page_count, first)
         self.runs[first] = page_count
+        self._note((RUN, self.index, first, page_count, int(first not in self.unfinished)))
         self.allocations += 1
         slot = self.arena.shape.run_slot(first)
         words = self.arena.words
@@ -276,16 +287,17 @@ class Heap:
 
     def take_back(self, slab: Slab | None, index: int, slot: int) -> None:
         """Take back a block that `locate` found, whatever its word says."""
-        words = self.arena.words
         form = RUN_WORD if slab is None else SLAB_WORD
-        words[slot] = form.free(form.generation(words[slot]))
+        self._store(slot, form.free(form.generation(self.arena.words[slot])))
         self.releases += 1
         if slab is None:
+            self._note((NO_RUN, self.index, index))
             self._give_run(index, self.runs.pop(index))
         else:
             if slab.is_full:
                 insort(self.partial[slab.kind.index], slab)
             slab.take_back(index)
+            self._note(~(slab.first_page << BLOCK_SHIFT | index))
             if not slab.lent_count:
                 self._park(slab)
 
@@ -327,7 +339,8 @@ class Heap:
         del self.slabs[first]
         for page in range(first, first + page_count):
             del self._slab_of_page[page]
-        self.arena.words[slab.slot - 1] = 0
+        self._note((NO_SLAB, first))
+        self._store(slab.slot - 1, 0)
         self.space.give(first, page_count)
 
     def locate(self, address: int) -> tuple[Slab | None, int, int]:
@@ -398,7 +411,7 @@ class Heap:
                 raise CannotResizeInPlaceError(
                     f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
                 )
-        self.arena.words[slot] = form.busy(form.session(word), generation, size)
+        self.arena.journal.restate(slot, form.busy(form.session(word), generation, size))
         return Grant(slot, address, generation, extent, False)
 
     def _resize_run(self, first: int, size: int) -> int:
@@ -408,6 +421,7 @@ class Heap:
         if need < have:
             self.arena.pages.map_edges(first + need, have - need)
             self.runs[first] = need
+            self._note((RUN, self.index, first, need, 1))
             if is_big:
                 self.space.trim_big(first, need)
             else:
@@ -431,6 +445,7 @@ class Heap:
                     self.space.give(first + have, need - have)
                 raise
             self.runs[first] = need
+            self._note((RUN, self.index, first, need, 1))
             self.space.describe_run(first, need, first)
         return need
 

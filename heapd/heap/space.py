@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from heapd.arena import Arena, Extents
 from heapd.errors import HeapFullError
+from heapd.journal import NO_REGION, REGION
 from heapd.layout import CHUNK_PAGES, KIND_RUN, KIND_SPARE
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SIZE, align_up
 
@@ -94,16 +95,23 @@ class Space:
         self._region_at[first] = region
         self._firsts.insert(bisect_right(self._firsts, first), first)
         self.reserved += page_count
+        self._note(region)
         if not is_big:
             self.spare.add_barrier(first)
             self.spare.add_barrier(region.end)
             self.spare.give(first, page_count)
         return region
 
+    def _note(self, region: Region) -> None:
+        self.arena.journal.note((REGION, self.heap, region.serial, region.first, region.page_count, region.is_big))
+
     def _count_again(self) -> None:
         """Number the regions anew, in the same order."""
+        for serial in self.regions:
+            self.arena.journal.note((NO_REGION, self.heap, serial))
         for serial, region in enumerate(self.regions.values()):
             region.serial = serial
+            self._note(region)
         self.regions = {region.serial: region for region in self.regions.values()}
         self._next_serial = len(self.regions)
 
@@ -119,6 +127,7 @@ class Space:
             if behind is None or behind.is_big:
                 self.spare.remove_barrier(region.end)
             self.spare_committed -= committed
+        self.arena.journal.note((NO_REGION, self.heap, region.serial))
         del self.regions[region.serial]
         del self._region_at[region.first]
         self._firsts.remove(region.first)
@@ -260,6 +269,7 @@ class Space:
                 return False
             region.page_count += more
             self.reserved += more
+            self._note(region)
         return True
 
     def trim_big(self, first: int, page_count: int) -> None:
@@ -275,6 +285,7 @@ class Space:
             self.committed -= self.arena.committed_in(first + keep, surplus)
             self.reserved -= surplus
             region.page_count = keep
+            self._note(region)
             self.arena.release(first + keep, surplus)
 
     def give_big(self, first: int) -> None:
