@@ -18,7 +18,7 @@ from heapd.units import PAGE_SHIFT, pages_for
 if TYPE_CHECKING:
     from .mapping import Mapping
 
-__all__ = ["Located", "checked_handle", "handle_at", "locate", "stale"]
+__all__ = ["Located", "checked_handle", "locate", "locate_at", "stale"]
 
 _SLOT_SHIFT: Final = PAGE_SHIFT - 3  # pages to slots
 
@@ -79,34 +79,40 @@ def locate(arena: Mapping, handle: Handle) -> Located:
     return Located(size, extent or _run_extent(size), info.heap)
 
 
-def handle_at(arena: Mapping, address: int) -> Handle:
-    """The handle of the busy block that begins at `address` now.
+def locate_at(arena: Mapping, address: int) -> tuple[Handle, Located]:
+    """The busy block that begins at `address` now: its handle, and what `locate` says of that.
 
     Raises: NotABlockError if none does; InvalidArgumentError if it lies beyond the arena.
     """
     info = arena.find_page(address)
     if info is None:
         raise InvalidArgumentError(f"the address {address:#x} is beyond the arena", address=address)
-    slot = _find_slot(arena, address, info)
-    if slot is not None:
+    found = _find_slot(arena, address, info)
+    if found is not None:
+        slot, extent = found
         form, word = arena.shape.word_format(slot), arena.words[slot]
         if form.state(word) == BUSY:
-            return Handle(arena.instance, slot, address, form.generation(word))
+            size = form.size(word)
+            handle = Handle(arena.instance, slot, address, form.generation(word))
+            return handle, Located(size, extent or _run_extent(size), info.heap)
     raise NotABlockError(f"no allocated block begins at address {address:#x}", address=address)
 
 
-def _find_slot(arena: Mapping, address: int, info: PageInfo) -> int | None:
-    """The slot of the state word of what may begin at `address`, in a page of that kind; None if no block does."""
+def _find_slot(arena: Mapping, address: int, info: PageInfo) -> tuple[int, int] | None:
+    """(slot of the state word, extent or 0 for a run) of what may begin at `address`, in a page of that kind; None if
+    no block does."""
     if info.state != PAGE_COMMITTED:
         return None
     if info.kind == KIND_RUN:
         is_first = address == info.start << PAGE_SHIFT and arena.is_run_word_ready(info.start)
-        return arena.shape.run_slot(info.start) if is_first else None
+        return (arena.shape.run_slot(info.start), 0) if is_first else None
     shape = _slab_shape_at(arena, info.start) if info.kind == KIND_SLAB else None
     if shape is None:
         return None
     number, rest = divmod(address - (info.start << PAGE_SHIFT) - shape.first_offset, shape.extent)
-    return None if rest or not 0 <= number < shape.block_count else (info.start << _SLOT_SHIFT) + 1 + number
+    if rest or not 0 <= number < shape.block_count:
+        return None
+    return (info.start << _SLOT_SHIFT) + 1 + number, shape.extent
 
 
 def _run_at(arena: Mapping, page: int, start: int) -> tuple[int, int] | None:

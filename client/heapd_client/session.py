@@ -43,7 +43,7 @@ from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
 from .control import Greeting, is_answering, not_found, say_hello
-from .handles import checked_handle, handle_at, locate, stale
+from .handles import Located, checked_handle, locate, locate_at, stale
 from .heap import Heap
 from .heapcore import as_timeout
 from .mapping import Mapping
@@ -386,16 +386,8 @@ class Session:
         """
         if self._is_closed:
             raise ClosedError("the session is closed")
-        arena = self.arena
         handle = checked_handle(handle)
-        _, extent, control_index = locate(arena, handle)
-        heap = self._heap_at(control_index, handle)
-        if heap.is_executable or arena.has_executable_pages:
-            arena.protect(handle.address, max(extent, 1), executable=heap.is_executable)
-        form, word = arena.shape.word_format(handle.slot), arena.words[handle.slot]
-        if form.generation(word) != handle.generation or form.state(word) != BUSY:
-            raise stale(handle)
-        return Block(heap, handle.slot, handle.address, extent, -word)
+        return self._open(handle, locate(self.arena, handle))
 
     def block_at(self, address: int) -> Block:
         """The block that begins at an address, whoever allocated it. As `open`, for who has kept nothing but addresses:
@@ -407,7 +399,17 @@ class Session:
             raise ClosedError("the session is closed")
         if not isinstance(address, int):
             raise InvalidArgumentError(f"an address is an int, not {type(address).__name__}")
-        return self.open(handle_at(self.arena, address))
+        return self._open(*locate_at(self.arena, address))
+
+    def _open(self, handle: Handle, located: Located) -> Block:
+        arena = self.arena
+        heap = self._heap_at(located.control_index, handle)
+        if heap.is_executable or arena.has_executable_pages:
+            arena.protect(handle.address, max(located.extent, 1), executable=heap.is_executable)
+        form, word = arena.shape.word_format(handle.slot), arena.words[handle.slot]
+        if form.generation(word) != handle.generation or form.state(word) != BUSY:
+            raise stale(handle)
+        return Block(heap, handle.slot, handle.address, located.extent, -word)
 
     def _heap_at(self, control_index: int, handle: Handle) -> Heap:
         words = self.arena.words
