@@ -7,7 +7,7 @@ first, then one store of its state word. It is taken back in the opposite order.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from heapd.arena import Arena
 from heapd.errors import (
@@ -32,6 +32,7 @@ __all__ = ["Heap", "SLICE_BYTES"]
 
 SLICE_BYTES = 16 * MIB  # 4 to 10 ms of commit; a larger block takes `alloc_in_slices`
 SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
+_new_grant: Callable[..., Grant] = tuple.__new__  # without the Python function that the class calls
 _SLAB_GENERATION = SLAB_WORD.generation_shift
 _SLAB_GENERATIONS = SLAB_WORD.generation_mask
 _LONG_SLAB = 4  # pages; making a slab this long for one block costs more than a block of the next class
@@ -74,6 +75,7 @@ class Heap:
         self.max_block = max_block
         self._note = arena.journal.note
         self._store = arena.journal.store
+        self._largest = max_block or maximum or min(MAX_BLOCK_SIZE, arena.shape.size)
         self.space = Space(arena, index, maximum=maximum)
         # A class's slabs with a block to give, lowest address first: so blocks gather in few slabs and others empty.
         self.partial: list[list[Slab]] = [[] for _ in CLASSES]
@@ -167,10 +169,10 @@ class Heap:
 
     def check_size(self, size: int) -> None:
         """Raises: BlockTooLargeError if no block of `size` bytes can ever come from this heap."""
-        limit = self.max_block or self.maximum or min(MAX_BLOCK_SIZE, self.arena.shape.size)
-        if size > limit:
+        if size > self._largest:
             raise BlockTooLargeError(
-                f"{format_size(size)} requested; a block of this heap has at most {format_size(limit)}", limit=limit
+                f"{format_size(size)} requested; a block of this heap has at most {format_size(self._largest)}",
+                limit=self._largest,
             )
 
     def _alloc_small(self, kind: SizeClass, size: int, session: int) -> Grant:
@@ -186,7 +188,7 @@ class Heap:
         words = self.arena.words
         generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
         words[slot] = SLAB_WORD.busy(session, generation, size)
-        return Grant(slot, slab.base + index * kind.extent, generation, kind.extent, False)
+        return _new_grant(Grant, (slot, slab.base + index * kind.extent, generation, kind.extent, False))
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
         """A slab that can give a block for the class: one with a free block, else with pages to carve, else one of

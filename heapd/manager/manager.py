@@ -66,6 +66,7 @@ class HeapManager:
         self.heaps = self._directory.heaps
         blocks, names = BlockOperations(self._directory), NameOperations(self._directory)
         self._handlers: dict[type[m.Request], Callable[[Session, Any], Any]] = {
+            m.SessionClose: lambda session, request: self.end_session(session),
             m.SessionList: self._list_sessions,
             m.ArenaStatisticsGet: self._arena_statistics,
             m.ArenaReclaim: self._reclaim,
@@ -96,18 +97,12 @@ class HeapManager:
     def handle(self, session: Session, request: m.Request) -> Any:
         """Do what a live session asks. Returns: the answer, a Job or a Waiter. Raises: HeapdError."""
         session.requests += 1
-        if type(request) is m.SessionClose:
-            return self.end_session(session)
         return self._handlers[type(request)](session, request)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
     def open_session(self, pid: int, uid: int) -> Session:
         """Raises: LimitError."""
         return self.sessions.open(pid, uid, self._directory.clock())
-
-    def session_of(self, token: bytes) -> Session:
-        """Raises: SessionLostError."""
-        return self.sessions.locate(token)
 
     @property
     def live_session_count(self) -> int:

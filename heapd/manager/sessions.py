@@ -1,4 +1,4 @@
-"""Who is connected: one Session a hello, found by its token, known in state words by its number.
+"""Who is connected: one Session a hello, known in state words by its number.
 
 No clock, socket or process is touched here: times are passed in, and the server says when a process has died.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from heapd.errors import LimitError, SessionLostError
+from heapd.errors import LimitError
 from heapd.layout import SESSION_MASK
 from heapd.records import SessionInfo
 
@@ -55,7 +55,6 @@ class Sessions:
 
     def __init__(self, limit: int) -> None:
         self._limit = min(limit, SESSION_MASK)
-        self._by_token: dict[bytes, Session] = {}
         self._by_number: dict[int, Session] = {}
         self._ended: dict[int, Session] = {}  # left blocks behind
         self._unused = deque(range(1, SESSION_MASK + 1))
@@ -75,15 +74,7 @@ class Sessions:
                 f"the daemon has {len(self._by_number)} sessions, its limit; close some", limit=self._limit
             )
         session = Session(self._unused.popleft(), os.urandom(TOKEN_BYTES), pid, uid, now_ns)
-        self._by_token[session.token] = session
         self._by_number[session.number] = session
-        return session
-
-    def locate(self, token: bytes) -> Session:
-        """Raises: SessionLostError."""
-        session = self._by_token.get(token)
-        if session is None:
-            raise SessionLostError("the daemon does not know this session: it was closed, or the daemon is another one")
         return session
 
     def find(self, number: int) -> Session | None:
@@ -97,9 +88,8 @@ class Sessions:
         return number in self._by_number or number in self._ended
 
     def end(self, session: Session) -> None:
-        """The session's token and its being live end now; its number stays taken until `retire`."""
+        """The session is not live from now on; its number stays taken until `retire`."""
         session.is_live = False
-        self._by_token.pop(session.token, None)
         self._by_number.pop(session.number, None)
         self._ended[session.number] = session
 

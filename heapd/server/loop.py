@@ -149,15 +149,23 @@ class Loop:
                 continue
             answer = handle(frame)
             if type(answer) is bytes:
-                self._send(socket, address, answer)
+                try:
+                    _send(socket, address, _SEND_MORE)
+                    _send(socket, answer, _NO_BLOCK)
+                except zmq.ZMQError as error:
+                    self._note_undelivered(error)
             else:
                 self._park(answer, address)
             now = clock()
             record(now - started)
-            # Asked before trying: the exception of a receive that finds nothing costs half a request.
+            # Asked before trying: the exception of a receive that finds nothing costs half a request. And asked twice:
+            # who is ready to run on this CPU, libzmq's thread or a client, runs in between and may bring the next
+            # request, which spares us the sleep and them the waking (a tenth more requests from eight clients).
             if not _get_option(socket, _EVENTS) & _READABLE:
-                self._work_pending = False
-                return
+                os.sched_yield()
+                if not _get_option(socket, _EVENTS) & _READABLE:
+                    self._work_pending = False
+                    return
             if now > deadline:
                 break
         self._work_pending = True
@@ -180,9 +188,12 @@ class Loop:
             _send(socket, address, _SEND_MORE)
             _send(socket, frame, _NO_BLOCK)
         except zmq.ZMQError as error:
-            if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
-                raise
-            self._service.counters["replies_undeliverable"] += 1
+            self._note_undelivered(error)
+
+    def _note_undelivered(self, error: zmq.ZMQError) -> None:
+        if error.errno not in (errno.EAGAIN, errno.EHOSTUNREACH):
+            raise error
+        self._service.counters["replies_undeliverable"] += 1
 
     def _refuse_parts(self, gate: Gate, address: bytes) -> bool:
         """Discard the rest of a message of several frames and answer it, or cut its sender off if there were many.

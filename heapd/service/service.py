@@ -86,7 +86,7 @@ class Service:
         self._identity = identity
         self._clock = clock
         self._max_process_sessions = max_process_sessions
-        self._memories: dict[bytes, ReplyMemory] = {}
+        self._known: dict[bytes, tuple[Session, ReplyMemory]] = {}  # open sessions, by token
         self._ended: OrderedDict[bytes, ReplyMemory] = OrderedDict()
         self._peers: dict[bytes, Peer] = {}
         self._idle_peers: list[Peer] = []
@@ -104,15 +104,14 @@ class Service:
             request_id, token, request = decode_request(frame, OPS)
         except HeapdError as error:
             return self._refusal(error)
-        try:
-            session = self._manager.session_of(token)
-        except SessionLostError as error:
-            return self._answer_without_session(request_id, token, error)
-        memory = self._memories[token]
-        known = memory.find(request_id)
-        if known is not None:
+        known = self._known.get(token)
+        if known is None:
+            return self._answer_without_session(request_id, token)
+        session, memory = known
+        repeated = memory.find(request_id)
+        if repeated is not None:
             self.counters["requests_repeated"] += 1
-            return known
+            return repeated
         if type(request) is SessionClose:
             answer = self._close(session, request_id, memory)
         else:
@@ -150,11 +149,14 @@ class Service:
         except Exception:
             return answer_of_fault(request_id, request.name)
 
-    def _answer_without_session(self, request_id: int, token: bytes, error: SessionLostError) -> Answer:
+    def _answer_without_session(self, request_id: int, token: bytes) -> Answer:
         """A repeated session.close still gets its answer; anything else is told that the session is gone."""
         memory = self._ended.get(token)
-        known = memory.find(request_id) if memory is not None else None
-        return encode_error(request_id, error) if known is None else known
+        answer = memory.find(request_id) if memory is not None else None
+        if answer is not None:
+            return answer
+        lost = "the daemon does not know this session: it was closed, or the daemon is another one"
+        return encode_error(request_id, SessionLostError(lost))
 
     def _refusal(self, error: HeapdError) -> bytes:
         self.counters["requests_refused"] += 1
@@ -218,7 +220,7 @@ class Service:
         session = self._manager.open_session(peer.pid, peer.uid)
         peer.sessions[session.token] = session
         self._peers[session.token] = peer
-        self._memories[session.token] = ReplyMemory()
+        self._known[session.token] = session, ReplyMemory()
         log.info("session %d opened by process %d", session.number, peer.pid)
         who = self._identity
         return {
@@ -278,7 +280,7 @@ class Service:
 
     def _begin_end(self, session: Session, job: RunningJob) -> Answer:
         """Run the first slice at once, so that no request of the session is carried out from here on."""
-        memory = self._memories.pop(session.token)
+        _, memory = self._known.pop(session.token)
         self._ended[session.token] = memory
         if len(self._ended) > _ENDED_SESSIONS:
             self._ended.popitem(last=False)

@@ -66,6 +66,12 @@ _UNPACK_ERRORS: Final = (
     msgpack.exceptions.UnpackException,
 )
 
+# One Packer for all: making one takes as long as packing. It runs with the GIL held and calls no Python code, so that
+# no other thread, signal handler or finaliser meets it half-way.
+_pack: Final[Callable[[Any], bytes]] = msgpack.Packer().pack
+_unpack: Final[Callable[..., Any]] = msgpack.unpackb
+_new: Final[Callable[..., Any]] = tuple.__new__  # a named tuple without the Python function that its class calls
+
 
 class Envelope(NamedTuple):
     """A decoded request: its id (1..MAX_REQUEST_ID), the session's token (b"" on the control socket), the message."""
@@ -163,17 +169,40 @@ def _check_of(hint: Any) -> Check:
     raise TypeError(f"no check is known for the annotation {hint!r}")
 
 
+def _accepting(hints: dict[str, Any], checks: dict[str, Check]) -> Callable[..., bool]:
+    """One function over all fields of a class, True if every check would find its value good.
+
+    The comparisons of ints and flags stand in it as source. It is called for every request on both sides, mostly with
+    cold caches, where a call for each field takes longer than all the rest of decoding.
+    """
+    conditions = []
+    for name, hint in hints.items():
+        limit = get_args(hint)[1] if get_origin(hint) is Annotated else None
+        if isinstance(limit, Range):
+            conditions.append(f"type({name}) is int and {limit.low} <= {name} <= {limit.high}")
+        elif hint is bool:
+            conditions.append(f"type({name}) is bool")
+        else:
+            conditions.append(f"check_{name}({name}) is None")
+    source = f"lambda {', '.join(hints)}: {' and '.join(conditions) or True}"
+    accepts: Callable[..., bool] = eval(source, {f"check_{name}": check for name, check in checks.items()})
+    return accepts
+
+
 class _Shape(NamedTuple):
-    """How a request class reads and writes: field names, their checks, how many have no default, a field getter."""
+    """How a request class reads and writes: field names, their checks, one test of them all, how many have no default,
+    a field getter."""
 
     names: tuple[str, ...]
     checks: tuple[Check, ...]
+    accepts: Callable[..., bool]
     required: int
     values: Callable[[Any], tuple[Any, ...]]
 
-    def name_of_fault(self, values: Sequence[Any]) -> str:
-        """The first field whose check refuses its value."""
-        return next(name for name, check, value in zip(self.names, self.checks, values, strict=False) if check(value))
+    def fault_of(self, values: Sequence[Any]) -> tuple[str, str]:
+        """The first field whose check refuses its value, and what was expected. Fewer values than fields are fine."""
+        faults = ((name, check(value)) for name, check, value in zip(self.names, self.checks, values, strict=False))
+        return next(((name, fault) for name, fault in faults if fault is not None), ("", ""))
 
 
 def _shape_of(kind: type[Request]) -> _Shape:
@@ -187,7 +216,9 @@ def _shape_of(kind: type[Request]) -> _Shape:
         def values(request: Any) -> tuple[Any, ...]:
             return tuple(getattr(request, name) for name in names)
 
-    return _Shape(names, tuple(_check_of(hints[name]) for name in names), required, values)
+    checks = {name: _check_of(hints[name]) for name in names}
+    accepts = _accepting({name: hints[name] for name in names}, checks)
+    return _Shape(names, tuple(checks.values()), accepts, required, values)
 
 
 class _Shapes(dict[type[Request], _Shape]):
@@ -211,11 +242,10 @@ def encode_request(request: Request, request_id: int, token: bytes = b"") -> byt
     """
     shape = _SHAPES[type(request)]
     values = shape.values(request)
-    for check, value in zip(shape.checks, values, strict=True):
-        if (fault := check(value)) is not None:
-            name = shape.name_of_fault(values)
-            raise InvalidArgumentError(f"{request.name}: {name}: {fault}", field=name)
-    frame: bytes = msgpack.packb((PROTOCOL_VERSION, request.op, request_id, token, *values))
+    if not shape.accepts(*values):
+        name, fault = shape.fault_of(values)
+        raise InvalidArgumentError(f"{request.name}: {name}: {fault}", field=name)
+    frame: bytes = _pack((PROTOCOL_VERSION, request.op, request_id, token, *values))
     if len(frame) > MAX_REQUEST_BYTES:
         raise MessageTooLargeError(
             f"{request.name}: the request takes {len(frame)} bytes; one may take {MAX_REQUEST_BYTES}",
@@ -240,7 +270,7 @@ def decode_request(frame: bytes, ops: Mapping[int, type[Request]]) -> Envelope:
             limit=MAX_REQUEST_BYTES,
         )
     try:
-        items = msgpack.unpackb(frame, max_array_len=_MAX_ARRAY, max_map_len=_MAX_MAP, max_ext_len=0)
+        items = _unpack(frame, max_array_len=_MAX_ARRAY, max_map_len=_MAX_MAP, max_ext_len=0)
     except _UNPACK_ERRORS:
         # No cause: its text may carry the body.
         raise MessageError("the request is not one msgpack value within the limits", request_id=0) from None
@@ -257,23 +287,22 @@ def decode_request(frame: bytes, ops: Mapping[int, type[Request]]) -> Envelope:
     if type(token) is not bytes or len(token) not in (0, TOKEN_BYTES):
         raise MessageError(f"a session's token is {TOKEN_BYTES} bytes, or none", request_id=request_id)
     del items[:_ENVELOPE_ITEMS]
-    return Envelope(request_id, token, _build(kind, items, request_id))
+    envelope: Envelope = _new(Envelope, (request_id, token, _build(kind, items, request_id)))
+    return envelope
 
 
 def _build(kind: type[Request], values: list[Any], request_id: int) -> Request:
     """The message of class `kind` from its fields; extra ones are a newer client's, missing ones have defaults."""
     shape = _SHAPES[kind]
-    checks = shape.checks
-    if len(values) != len(checks):
+    if len(values) != len(shape.names):
         if len(values) < shape.required:
             raise MessageError(
                 f"{kind.name}: {shape.required} fields are needed, {len(values)} came", request_id=request_id
             )
-        del values[len(checks) :]
-    for check, value in zip(checks, values):  # noqa: B905 - missing ones have defaults
-        fault = check(value)
-        if fault is not None:
-            name = shape.name_of_fault(values)
+        del values[len(shape.names) :]
+    if len(values) < len(shape.names) or not shape.accepts(*values):
+        name, fault = shape.fault_of(values)
+        if name:
             raise MessageError(f"{kind.name}: {name}: {fault}", request_id=request_id, field=name)
     return kind(*values)
 
@@ -291,14 +320,14 @@ def _version_error(version: object, request_id: int) -> HeapdError:
 # -- replies ---------------------------------------------------------------------------------------------------------
 def encode_reply(request_id: int, result: Any) -> bytes:
     """The frame that answers request `request_id` with `result`, plain values as msgpack takes them."""
-    frame: bytes = msgpack.packb((request_id, 0, result))
+    frame: bytes = _pack((request_id, 0, result))
     return frame
 
 
 def encode_error(request_id: int, error: HeapdError) -> bytes:
     """The frame that answers request `request_id` with `error`."""
     code, message, details = error_to_wire(error)
-    frame: bytes = msgpack.packb((request_id, code, (message, details)))
+    frame: bytes = _pack((request_id, code, (message, details)))
     return frame
 
 
@@ -310,12 +339,12 @@ def decode_reply(frame: bytes) -> Reply:
     if len(frame) > MAX_REPLY_BYTES:
         raise MessageTooLargeError(f"the answer takes {len(frame)} bytes; one may take {MAX_REPLY_BYTES}")
     try:
-        items = msgpack.unpackb(frame)
+        items = _unpack(frame)
     except _UNPACK_ERRORS:
         raise MessageError("the answer is not one msgpack value") from None
     if type(items) is not list or len(items) < 3:
         raise MessageError("an answer is an array: request id, code, result")
-    reply = Reply(items[0], items[1], items[2])
+    reply: Reply = _new(Reply, items[:3])
     if type(reply.request_id) is not int or type(reply.code) is not int:
         raise MessageError("an answer's request id and code are integers")
     if reply.code != 0 and not _is_error(reply.payload):

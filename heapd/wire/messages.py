@@ -1,4 +1,4 @@
-"""Every request, one frozen dataclass each, with its number and what it answers.
+"""Every request, one dataclass each, with its number and what it answers.
 
 A request crosses the wire as [PROTOCOL_VERSION, op, request id, token, field, field, ...] and its answer as
 [request id, 0, result] or [request id, error code, [message, details]]; PROTOCOL.md has the whole story. The fields'
@@ -58,9 +58,12 @@ OptionalName = Annotated[str | None, Text(MAX_NAME_BYTES)]
 Flag = bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """Base of all requests. `op` is the number on the wire, `name` the op's name in docs, logs and metrics."""
+    """Base of all requests. `op` is the number on the wire, `name` the op's name in docs, logs and metrics.
+
+    Nobody changes one, but none is frozen: that would make each take three times as long to build.
+    """
 
     op: ClassVar[int] = 0
     name: ClassVar[str] = ""
@@ -68,7 +71,7 @@ class Request:
 
 
 # -- control socket: who are you; needs no session --------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hello(Request):
     """Open a session for the calling process. Answer: a map, see PROTOCOL.md (session, token, instance, ...)."""
 
@@ -77,7 +80,7 @@ class Hello(Request):
     layout_version: Annotated[int, _U63]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Status(Request):
     """What the daemon is doing. Answer: a map of plain values (name, endpoint, pid, incarnation, uptime_s, ...)."""
 
@@ -86,7 +89,7 @@ class Status(Request):
     is_idempotent: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stop(Request):
     """Stop cleanly: answer, end, unlink the arena. Answer: None."""
 
@@ -95,7 +98,7 @@ class Stop(Request):
 
 
 # -- work socket: sessions --------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SessionClose(Request):
     """End the calling session; its anonymous heaps go, what it allocated elsewhere follows the heaps' policy.
     Answer: None."""
@@ -104,7 +107,7 @@ class SessionClose(Request):
     name: ClassVar[str] = "session.close"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SessionList(Request):
     """Answer: list of SessionInfo tuples, those of one process if `pid` is not 0."""
 
@@ -114,7 +117,7 @@ class SessionList(Request):
     pid: Annotated[int, _U63] = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ArenaStatisticsGet(Request):
     """Answer: ArenaStatistics tuple."""
 
@@ -123,7 +126,7 @@ class ArenaStatisticsGet(Request):
     is_idempotent: ClassVar[bool] = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ArenaReclaim(Request):
     """Memory is short: decommit what all heaps have free, and ask every front end to give back what it caches, at its
     next operation. Answer: None."""
@@ -133,7 +136,7 @@ class ArenaReclaim(Request):
 
 
 # -- heaps ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapCreate(Request):
     """Make a heap and open it. Answer: HeapInfo tuple.
 
@@ -149,7 +152,7 @@ class HeapCreate(Request):
     max_block: Size = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapOpen(Request):
     """Open a heap by name. Answer: HeapInfo tuple."""
 
@@ -158,7 +161,7 @@ class HeapOpen(Request):
     heap_name: Name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapOpenId(Request):
     """Open a heap by id (from a pickled heap), or by the control index that a page word names (id < 2**16).
     Answer: HeapInfo tuple."""
@@ -168,7 +171,7 @@ class HeapOpenId(Request):
     heap: Annotated[int, _U63]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapDefault(Request):
     """The session's default heap, made at the first call. Answer: HeapInfo tuple. The two figures, in bytes, count
     only then; 0: the daemon's default (1 MiB reserved, 4 KiB committed)."""
@@ -179,7 +182,7 @@ class HeapDefault(Request):
     commit: Size = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapClose(Request):
     """This session no longer uses the heap; a named one that nobody has open goes. Answer: None."""
 
@@ -188,7 +191,7 @@ class HeapClose(Request):
     heap: HeapId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapDestroy(Request):
     """Give back every page of the heap, whatever is allocated in it. Answer: None."""
 
@@ -197,7 +200,7 @@ class HeapDestroy(Request):
     heap: HeapId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapList(Request):
     """Answer: list of at most `limit` HeapInfo tuples with heap_id > `after`, by id; only those a process `pid`
     has open if it is not 0, its default heap first."""
@@ -211,7 +214,7 @@ class HeapList(Request):
 
 
 # -- blocks -----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapAlloc(Request):
     """Answer: [slot, address, generation, extent, fresh] (Grant)."""
 
@@ -221,7 +224,7 @@ class HeapAlloc(Request):
     size: Size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapAllocMany(Request):
     """All of them or none. Answer: list of Grant tuples in the order of `sizes`."""
 
@@ -231,7 +234,7 @@ class HeapAllocMany(Request):
     sizes: Annotated[list[int], Items(Range(0, 2**64 - 1), MAX_BATCH)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapResize(Request):
     """Resize a block where it is. Answer: Grant tuple (same slot, address and generation, new extent).
     Error CannotResizeInPlace: the client moves it (alloc, copy, free) unless the user asked for in place only; without
@@ -246,7 +249,7 @@ class HeapResize(Request):
     in_place_only: Flag = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapFree(Request):
     """Answer: None."""
 
@@ -257,7 +260,7 @@ class HeapFree(Request):
     generation: Generation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapFreeMany(Request):
     """All are checked before any is freed. `blocks` is flat: address, generation, address, generation, ...
     Answer: None."""
@@ -269,7 +272,7 @@ class HeapFreeMany(Request):
 
 
 # -- front ends: blocks in batches ------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapLease(Request):
     """Lend the session up to `count` free blocks for `size` bytes each, to allocate by itself: their state words say
     CACHED and name the session. And one block for each size of `others`, if there is memory: what else the front
@@ -284,7 +287,7 @@ class HeapLease(Request):
     others: Annotated[list[int], Items(Range(0, 2**64 - 1), MAX_BATCH)] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapGiveBack(Request):
     """Take back blocks whose state words say that this session caches them; others in the list are passed over.
     With `everything` every such block of the heap, listed or not. Answer: how many were taken back."""
@@ -297,7 +300,7 @@ class HeapGiveBack(Request):
 
 
 # -- looking at a heap ------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapWalk(Request):
     """Answer: [[Entry tuple, ...], next cursor]; cursor 0 starts, next cursor 0 is the end."""
 
@@ -309,7 +312,7 @@ class HeapWalk(Request):
     limit: Annotated[int, Range(1, 4096)] = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapValidate(Request):
     """Answer: list of at most 1,000 Violation tuples. `address` 0: the whole heap, else the block that begins there."""
 
@@ -320,7 +323,7 @@ class HeapValidate(Request):
     address: Address = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapCompact(Request):
     """Coalesce, decommit free pages; answer: bytes of the largest committed free extent before decommit."""
 
@@ -329,7 +332,7 @@ class HeapCompact(Request):
     heap: HeapId
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeapStatisticsGet(Request):
     """Answer: HeapStatistics tuple."""
 
@@ -340,7 +343,7 @@ class HeapStatisticsGet(Request):
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NamePublish(Request):
     """Let `block_name` stand for a block of the heap, in place of what it stood for before. Answer: None."""
 
@@ -352,7 +355,7 @@ class NamePublish(Request):
     generation: Generation
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NameLookup(Request):
     """Answer: Publication tuple, at once or when it is published within `timeout_ms` (0: at once or never)."""
 
@@ -364,7 +367,7 @@ class NameLookup(Request):
     timeout_ms: Annotated[int, Range(0, 2**31)] = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NameUnpublish(Request):
     """Answer: None."""
 
@@ -374,7 +377,7 @@ class NameUnpublish(Request):
     block_name: Name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NameList(Request):
     """Answer: list of at most `limit` Publication tuples whose name sorts after `after`."""
 

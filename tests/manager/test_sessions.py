@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from heapd.errors import LimitError, SessionLostError
+from heapd.errors import LimitError
 from heapd.layout import SESSION_MASK
 from heapd.manager import HeapManager
 from heapd.manager.sessions import Sessions
 from heapd.units import MIB
-from heapd.wire import messages as m
 from tests.invariants import check_manager
 from tests.manager.clients import Client
 from tests.manager.conftest import Clock, NewClient
 
 
 # -- tokens and numbers ------------------------------------------------------------------------------------------------
-def test_a_session_is_found_by_its_token_and_by_nothing_else(client: Client, manager: HeapManager) -> None:
-    """Sixteen random bytes; any other is refused."""
-    token = client.session.token
-    assert len(token) == 16
-    assert manager.session_of(token) is client.session
-    for wrong in (b"", bytes(16), token[:15], token + b"x", token[::-1]):
-        with pytest.raises(SessionLostError):
-            manager.session_of(wrong)
-
-
-def test_a_token_dies_with_its_session(client: Client, manager: HeapManager) -> None:
-    """From the first slice of its end on."""
-    heap = client.create("x")
-    client.alloc(heap, 40 * MIB)
-    task = client.begin(m.SessionClose())
-    with pytest.raises(SessionLostError):
-        manager.session_of(client.session.token)
-    task.result()
-
-
 def test_tokens_and_numbers_of_live_sessions_differ(new_client: NewClient) -> None:
     """Numbers from 1 on."""
     sessions = [new_client().session for _ in range(100)]
