@@ -1,7 +1,8 @@
 """Every error of heapd, one tree, one stable integer code a leaf.
 
     HeapdError
-    +-- HeapFullError (MemoryError)            no memory: arena, commit limit, heap maximum, quota
+    +-- HeapFullError (MemoryError)            no memory: arena, commit limit, heap maximum
+    |   +-- QuotaError                         the session has as much as one may have
     +-- BlockTooLargeError (MemoryError)       larger than the heap may ever give
     +-- CannotResizeInPlaceError (MemoryError) in place only was asked and there is no room
     +-- InvalidArgumentError (ValueError)      a value out of range, of the wrong type, a name too long
@@ -42,7 +43,7 @@ operation changed nothing, unless its docstring says otherwise.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from heapd.units import format_size
 
@@ -75,6 +76,7 @@ __all__ = [
     "NoSuchNameError",
     "NotABlockError",
     "NotPermittedError",
+    "QuotaError",
     "SegmentError",
     "SessionLostError",
     "StaleHandleError",
@@ -118,13 +120,13 @@ class HeapFullError(HeapdError, MemoryError):
 
     `requested` and `used` are bytes; `limit` is the bound that was met, in bytes; `bound` says which one it was:
     "reserve" (address space of the arena), "commit" (the daemon's commit limit), "memory" (what the machine, its
-    /dev/shm or its cgroup has left), "heap" (the heap's maximum), "quota" (the session's quota).
+    /dev/shm or its cgroup has left), "heap" (the heap's maximum), "quota" and "heap-quota" (see QuotaError).
     """
 
     code = 10
 
     @classmethod
-    def of(cls, bound: str, *, requested: int, used: int, limit: int, advice: str) -> HeapFullError:
+    def of(cls, bound: str, *, requested: int, used: int, limit: int, advice: str) -> Self:
         """The error with its figures in the text. Sizes are in bytes; `advice` tells the user what to do."""
         text = (
             f"{format_size(requested)} requested, {format_size(used)} of {format_size(limit)} used "
@@ -132,13 +134,13 @@ class HeapFullError(HeapdError, MemoryError):
         )
         return cls(text, bound=bound, requested=requested, used=used, limit=limit, advice=advice)
 
-    def for_request(self, requested: int, used: int | None = None) -> HeapFullError:
+    def for_request(self, requested: int, used: int | None = None) -> Self:
         """The same, told of the whole request instead of the step of it that failed.
 
         Args: requested (bytes the caller asked for), used (bytes in use now that its first steps were undone; None: as
         it was told).
         """
-        return HeapFullError.of(
+        return type(self).of(
             self.bound,
             requested=requested,
             used=self.used if used is None else used,
@@ -168,8 +170,16 @@ _BOUNDS = {
     "commit": "the daemon's commit limit",
     "memory": "shared memory the machine has left",
     "heap": "the heap's maximum size",
-    "quota": "the session's quota",
+    "quota": "what a session may have of this daemon",
+    "heap-quota": "what a session may have of this heap",
 }
+
+
+class QuotaError(HeapFullError):
+    """The session has as much as one session may have: of all heaps together (bound "quota"), or of this heap (bound
+    "heap-quota"). There may be memory for others."""
+
+    code = 13
 
 
 class BlockTooLargeError(HeapdError, MemoryError):

@@ -104,6 +104,7 @@ class HeapInfo:
         creator     number of the session that made it, 0 when that has ended
         is_default  True: some session's default heap
         sessions    sessions that have it open
+        session_quota  bytes that one session may have of it, 0: no limit of its own
     """
 
     heap_id: int
@@ -116,6 +117,7 @@ class HeapInfo:
     creator: int
     is_default: bool
     sessions: int = 0
+    session_quota: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,8 @@ class SessionInfo:
     """A client process as the daemon knows it.
 
     Fields: number (in state words), pid, uid, age_ns (since its hello), heaps (it has open), requests (so far),
-    is_live (False: it ended and is listed because blocks of it are left).
+    is_live (False: it ended and is listed because blocks of it are left), held (bytes of blocks that were lent to it
+    and are not back).
     """
 
     number: int
@@ -197,6 +200,7 @@ class SessionInfo:
     heaps: int
     requests: int
     is_live: bool
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,3 +112,8 @@ def class_index(size: int) -> int:
 def class_of(size: int) -> SizeClass:
     """The smallest class that holds `size` bytes (0 <= size <= MAX_CLASS_SIZE)."""
     return CLASSES[_BY_UNIT[(size + 15) >> 4]]
+
+
+def extent_of(size: int) -> int:
+    """Bytes that a block of `size` bytes occupies: a class's extent, or whole pages."""
+    return class_of(size).extent if size <= MAX_CLASS_SIZE else pages_for(size) * PAGE_SIZE

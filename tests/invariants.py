@@ -83,7 +83,20 @@ def check_heap(heap: Heap, *, is_known: Judge = everyone, is_live: Judge = every
     check_tiling(entries)
     _check_walk_adds_up(entries, statistics)
     assert heap.allocations - heap.releases == statistics.busy_blocks + statistics.cached_blocks
+    _check_holdings(heap)
     return statistics
+
+
+def _check_holdings(heap: Heap) -> None:
+    """Every lent block is charged to one session, with all that it occupies."""
+    held: Counter[int] = Counter()
+    for slab in heap.slabs.values():
+        for borrower in slab.lent:
+            held[borrower] += slab.kind.extent if borrower else 0
+    assert heap.borrowers.keys() == heap.runs.keys()
+    for first, borrower in heap.borrowers.items():
+        held[borrower] += heap.runs[first] << PAGE_SHIFT
+    assert +held == Counter(dict(heap.held))
 
 
 def _check_walk_adds_up(entries: list[Entry], statistics: HeapStatistics) -> None:

@@ -19,6 +19,7 @@ CODES = {
     10: "HeapFullError",
     11: "BlockTooLargeError",
     12: "CannotResizeInPlaceError",
+    13: "QuotaError",
     20: "InvalidArgumentError",
     21: "NotABlockError",
     22: "WrongHeapError",

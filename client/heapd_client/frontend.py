@@ -281,8 +281,8 @@ class FrontEnd:
         others = self._empty_bins(slack // _LEASE_PART, bin_) if not bin_.is_large else []
         try:
             grants = self._ask(size, count, [other.extent for other in others])
-        except HeapFullError:
-            self._heap.session.reclaim()
+        except HeapFullError as shortage:
+            self._heap.session.reclaim(shortage, self._heap.id)
             grants = self._ask(size, 1)
         bin_.batch = count
         first, *blocks = [self._grant(bin_, grant) for grant in grants[:count]]

@@ -110,7 +110,7 @@ class Heap(HeapCore):
         """Have the daemon allocate a block."""
         request, grant = ask.HeapAlloc(self.id, size), None
         try:
-            grant = self.session.call(request)
+            grant = self.session.call_for_memory(request, self.id)
             slot, address, generation, extent, fresh = grant
             block = self._block(slot, address, generation, extent, size)
             if zero or self.mapping.has_executable_pages or self.is_executable:
@@ -203,7 +203,7 @@ class Heap(HeapCore):
         request, grants = ask.HeapAllocMany(self.id, sizes), None
         first = len(blocks)
         try:
-            grants = self.session.call(request)
+            grants = self.session.call_for_memory(request, self.id)
             self.note_growth(sum(grant[3] for grant in grants))
             for (slot, address, generation, extent, fresh), size in zip(grants, sizes, strict=True):
                 blocks.append(self._block(slot, address, generation, extent, size))
@@ -364,7 +364,8 @@ class Heap(HeapCore):
     def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
         """Have the daemon resize the block, or move it."""
         try:
-            grant = self.session.call(ask.HeapResize(self.id, block.address, block.generation, size, in_place_only))
+            request = ask.HeapResize(self.id, block.address, block.generation, size, in_place_only)
+            grant = self.session.call_for_memory(request, self.id)
         except CannotResizeInPlaceError:
             if in_place_only:
                 raise

@@ -20,7 +20,9 @@ from heapd.errors import (
     ClosedError,
     DaemonStoppedError,
     HeapdError,
+    HeapFullError,
     InvalidArgumentError,
+    QuotaError,
     SessionLostError,
     StaleHandleError,
 )
@@ -219,12 +221,22 @@ class Session:
             with suppress(ValueError):
                 self._strays.remove(stray)  # after: an interrupted call is made again
 
-    def reclaim(self) -> None:
-        """Memory is short: give back what this session caches, and ask all others to do so at their next operation."""
+    def reclaim(self, shortage: HeapFullError, heap_id: int) -> None:
+        """Memory is short: give back what this session caches, and ask all others to do so at their next operation, if
+        that may help: all that they cache, or what they cache of the heap where the heap's maximum is the bound."""
         for heap in list(self._heaps.values()):
             with suppress(LookupError, ClosedError):
                 heap.release_cache_if_idle()
-        self.call(ask.ArenaReclaim())
+        if not isinstance(shortage, QuotaError):
+            self.call(ask.ArenaReclaim(heap_id if shortage.bound == "heap" else 0))
+
+    def call_for_memory(self, request: Request, heap_id: int = 0) -> Any:
+        """As `call`; where memory is short, caches are asked back first and the request is made once more."""
+        try:
+            return self.call(request)
+        except HeapFullError as shortage:
+            self.reclaim(shortage, heap_id)
+        return self.call(request)
 
     def prepare_fork(self) -> None:
         """In the parent, before a fork."""
@@ -296,6 +308,7 @@ class Session:
         persistent: bool = False,
         orphans: str = "keep",
         max_block: int = 0,
+        session_quota: int = 0,
     ) -> Heap:
         """Make a heap.
 
@@ -304,7 +317,8 @@ class Session:
                  heap's mutex, as HEAP_NO_SERIALIZE), executable (its blocks may hold machine code),
                  generate_exceptions (recorded; errors are always exceptions here), persistent (stays until it is
                  destroyed), orphans ("keep" or "free" what a session that died had allocated), max_block (largest
-                 request in bytes; 0: no limit of its own).
+                 request in bytes; 0: no limit of its own), session_quota (bytes that one session may have of it,
+                 allocated or cached; 0: no limit of its own).
         Raises:  HeapExistsError, HeapFullError, LimitError, InvalidArgumentError; ExecuteError if the system does not
                  let shared memory be executed.
         """
@@ -321,7 +335,9 @@ class Session:
             (orphans == "free", F_FREE_ORPHANS),
         ):
             flags |= flag if is_set else 0
-        return self._adopt(self.call(ask.HeapCreate(name, initial, maximum, flags, max_block)))
+        return self._adopt(
+            self.call_for_memory(ask.HeapCreate(name, initial, maximum, flags, max_block, session_quota))
+        )
 
     def open_heap(self, name: str) -> Heap:
         """The heap of that name. Raises: NoSuchHeapError."""

@@ -28,6 +28,9 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option(
     "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"
 )
+@click.option(
+    "--session-quota", type=SIZE, help="Memory one session may have, allocated or cached.  [default: no limit]"
+)
 @click.option("--idle-exit", type=Seconds(min=0), metavar="SECONDS",
               help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
@@ -41,6 +44,7 @@ def serve(
     group: int | None,
     reserve: int,
     commit_limit: int | None,
+    session_quota: int | None,
     idle_exit: float | None,
     log_level: str,
     ready_fd: int | None,
@@ -64,6 +68,7 @@ def serve(
             reserve=reserve,
             gid=group,
             commit_limit=commit_limit,
+            session_quota=session_quota or 0,
             idle_exit_s=idle_exit,
             ready_fd=ready_fd,
         )

@@ -1,8 +1,18 @@
 """One heap over its regions: alloc, resize and free blocks; walk, validate, sum up, compact."""
 
 from heapd.heap.heap import SLICE_BYTES, Heap
+from heapd.heap.holdings import NOBODY, recount
 from heapd.heap.statistics import collect_statistics
 from heapd.heap.validate import validate_block, validate_heap
 from heapd.heap.walk import walk
 
-__all__ = ["SLICE_BYTES", "Heap", "collect_statistics", "validate_block", "validate_heap", "walk"]
+__all__ = [
+    "NOBODY",
+    "SLICE_BYTES",
+    "Heap",
+    "collect_statistics",
+    "recount",
+    "validate_block",
+    "validate_heap",
+    "walk",
+]

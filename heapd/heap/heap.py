@@ -20,6 +20,7 @@ from heapd.errors import (
     NotABlockError,
     StaleHandleError,
 )
+from heapd.heap.holdings import Holdings
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
 from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB
@@ -44,7 +45,8 @@ class Heap:
     """Blocks in the regions of one heap.
 
     Fields: index (of its control block), maximum (bytes, 0: growable), max_block (bytes, 0: none of its own), space,
-    slabs (first page -> Slab), runs (first page -> page count), allocations and releases (totals).
+    slabs (first page -> Slab), runs (first page -> page count), borrowers (first page of a run -> session it was lent
+    to), held (bytes, by session), allocations and releases (totals).
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Heap:
         self.partial: list[list[Slab]] = [[] for _ in CLASSES]
         self.slabs: dict[int, Slab] = {}
         self.runs: dict[int, int] = {}
+        self.borrowers: dict[int, int] = {}
+        self.held = Holdings()
         self.unfinished: set[int] = set()  # first pages of runs whose commit goes on: nobody was given them yet
         self.allocations = 0
         self.releases = 0
@@ -125,7 +129,8 @@ class Heap:
             self._note((RUN, self.index, first, page_count, 1))
         except (HeapFullError, GeneratorExit):
             if not self.space.is_closed:
-                if self.runs.pop(first, 0):
+                if first in self.runs:
+                    self._forget_run(first)
                     self.releases += 1
                     self._note((NO_RUN, self.index, first))
                     self._store(grant.slot, RUN_WORD.free(grant.generation))
@@ -179,9 +184,10 @@ class Heap:
         partial = self.partial[kind.index]
         slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
         kind = slab.kind
-        index = slab.lend()
+        index = slab.lend(session)
         if slab.lent_count == kind.block_count:
             self.partial[kind.index].remove(slab)
+        self.held.charge(session, kind.extent)
         self.allocations += 1
         self._note(slab.first_page << BLOCK_SHIFT | index)
         slot = slab.slot + index
@@ -264,6 +270,8 @@ class Heap:
     def _finish_run(self, first: int, page_count: int, size: int, session: int, *, fresh: bool) -> Grant:
         self.space.describe_run(first, page_count, first)
         self.runs[first] = page_count
+        self.borrowers[first] = session
+        self.held.charge(session, page_count << PAGE_SHIFT)
         self._note((RUN, self.index, first, page_count, int(first not in self.unfinished)))
         self.allocations += 1
         slot = self.arena.shape.run_slot(first)
@@ -293,15 +301,22 @@ class Heap:
         self._store(slot, form.free(form.generation(self.arena.words[slot])))
         self.releases += 1
         if slab is None:
+            page_count = self._forget_run(index)
             self._note((NO_RUN, self.index, index))
-            self._give_run(index, self.runs.pop(index))
+            self._give_run(index, page_count)
         else:
             if slab.is_full:
                 insort(self.partial[slab.kind.index], slab)
-            slab.take_back(index)
+            self.held.charge(slab.take_back(index), -slab.kind.extent)
             self._note(~(slab.first_page << BLOCK_SHIFT | index))
             if not slab.lent_count:
                 self._park(slab)
+
+    def _forget_run(self, first: int) -> int:
+        """A run is lent no longer; its pages."""
+        page_count = self.runs.pop(first)
+        self.held.charge(self.borrowers.pop(first), -page_count << PAGE_SHIFT)
+        return page_count
 
     def _park(self, slab: Slab) -> None:
         """Keep an empty slab if it is a small one and its class's only slab with room, else drop it. Making one costs
@@ -449,6 +464,7 @@ class Heap:
             self.runs[first] = need
             self._note((RUN, self.index, first, need, 1))
             self.space.describe_run(first, need, first)
+        self.held.charge(self.borrowers[first], need - have << PAGE_SHIFT)
         return need
 
     # -- whole heap --------------------------------------------------------------------------------------------------
@@ -490,5 +506,7 @@ class Heap:
         self.space.close()
         self.slabs.clear()
         self.runs.clear()
+        self.borrowers.clear()
+        self.held.clear()
         self._slab_of_page.clear()
         self.partial.clear()

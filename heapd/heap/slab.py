@@ -1,7 +1,7 @@
 """A slab: a run of pages cut into equal blocks of one size class, their state words at its head.
 
-The daemon's own truth about a block is `lent`: True from the moment it is given out until it is taken back. What
-the state word says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
+The daemon's own truth about a block is `lent`: to whom it was given out, until it is taken back. What the state word
+says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
 committed as carving reaches them.
 """
 
@@ -24,7 +24,7 @@ class Slab:
         first_page    of the slab
         base          address of block 0
         slot          of block 0's state word
-        lent          bytearray, 1 for each block given out
+        lent          for each block the session it was given out to (see holdings.py), 0 while it is not
         lent_count    how many that are
         carved        blocks whose pages are committed and that have been given out at least once
         free          indices of carved blocks that are not lent, most recently taken back last
@@ -37,7 +37,7 @@ class Slab:
         self.first_page = first_page
         self.base = (first_page << PAGE_SHIFT) + kind.first_offset
         self.slot = (first_page << PAGE_SHIFT) // WORD + 1
-        self.lent = bytearray(kind.block_count)
+        self.lent = array("H", bytes(2 * kind.block_count))
         self.lent_count = 0
         self.carved = 0
         self.free: list[int] = []
@@ -75,18 +75,21 @@ class Slab:
         index, rest = divmod(address - self.base, self.kind.extent)
         return index if rest == 0 and 0 <= index < self.kind.block_count else None
 
-    def lend(self) -> int:
+    def lend(self, session: int) -> int:
         """Give out a block: the one taken back last, else the next to carve (its pages are committed). Its index."""
         if self.free:
             index = self.free.pop()
         else:
             index = self.carved
             self.carved += 1
-        self.lent[index] = 1
+        self.lent[index] = session
         self.lent_count += 1
         return index
 
-    def take_back(self, index: int) -> None:
+    def take_back(self, index: int) -> int:
+        """Have a block back; the session it was lent to."""
+        session = self.lent[index]
         self.lent[index] = 0
         self.lent_count -= 1
         self.free.append(index)
+        return session

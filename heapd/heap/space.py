@@ -65,7 +65,7 @@ class Space:
         self._firsts: list[int] = []  # first pages of regions, sorted, to find one by page
         self._region_at: dict[int, Region] = {}
         self.is_closed = False
-        self._initial = 0  # pages committed at the start of the first region, kept when it empties
+        self.initial = 0  # pages committed at the start of the first region, kept when it empties
 
     # -- regions -----------------------------------------------------------------------------------------------------
     def open(self, reserve: int, initial: int) -> Region:
@@ -80,7 +80,7 @@ class Space:
             self._drop_region(region)
             raise
         self.spare_committed += initial
-        self._initial = initial
+        self.initial = initial
         if initial:
             self.arena.describe(region.first, initial, KIND_SPARE, self.heap, region.first)
         return region
@@ -224,7 +224,7 @@ class Space:
             if self.arena.committed_in(start, count) > _SLICE_PAGES:
                 self.arena.defer(self._trim)
                 return
-            floor = self._first_page() + self._initial
+            floor = self._first_page() + self.initial
             if start < floor < start + count:
                 start, count = floor, start + count - floor
             self._decommit(start, count)
@@ -236,14 +236,14 @@ class Space:
 
     def _trim(self) -> bool:
         """Decommit a slice of what is spare beyond measure; False when that is done."""
-        return self.spare_committed > max(self._keep, self._initial) and self.decommit_spare()
+        return self.spare_committed > max(self._keep, self.initial) and self.decommit_spare()
 
     def _empty(self, region: Region) -> None:
         """A region without runs and slabs: the first goes back to its initial commit, any other is released."""
         if region.serial == 0 and self.arena.committed_in(region.first, region.page_count) > _SLICE_PAGES:
             self.arena.defer(self._trim)
         elif region.serial == 0:
-            self._decommit(region.first + self._initial, region.page_count - self._initial)
+            self._decommit(region.first + self.initial, region.page_count - self.initial)
         else:
             self._drop_region(region)
 
@@ -300,7 +300,7 @@ class Space:
     def decommit_spare(self) -> bool:
         """Decommit one slice of spare committed pages; False when there are none left."""
         for start, count in self.spare:
-            keep = self._initial if start == self._first_page() else 0
+            keep = self.initial if start == self._first_page() else 0
             for at, length, is_committed in self.arena.stretches(start + keep, max(count - keep, 0)):
                 if is_committed:
                     # End on a chunk boundary, so that the map of what is in between need not be split.

@@ -139,7 +139,7 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
     address = slab.first_page << PAGE_SHIFT
     if slab_class_index(arena.words[slab.slot - 1]) != kind.index:
         yield Violation("slab-head", address, 0, f"the slab's descriptor does not name class {kind.index}")
-    if sum(slab.lent) != slab.lent_count or len(slab.free) + slab.lent_count != slab.carved:
+    if len(slab.lent) - slab.lent.count(0) != slab.lent_count or len(slab.free) + slab.lent_count != slab.carved:
         yield Violation("slab-lists", address, 0, "free, lent and carved blocks of the slab do not add up")
     if (slab in heap.partial[kind.index]) == slab.is_full:
         yield Violation("slab-lists", address, 0, "the slab is filed wrong among those with room")

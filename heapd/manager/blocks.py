@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 from heapd.errors import (
@@ -13,10 +14,14 @@ from heapd.errors import (
     StaleHandleError,
 )
 from heapd.heap import SLICE_BYTES
+from heapd.layout import MAX_BLOCK_SIZE
 from heapd.manager.directory import Directory, Job
+from heapd.manager.quota import Quotas
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
 from heapd.records import Grant
+from heapd.sizeclass import extent_of
+from heapd.units import PAGE_SHIFT
 from heapd.wire import messages as m
 
 __all__ = ["BlockOperations"]
@@ -28,17 +33,27 @@ _BLOCKS_A_SLICE = 512
 class BlockOperations:
     """Each public method is one request's handler."""
 
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, quotas: Quotas) -> None:
         self._directory = directory
+        self._quotas = quotas
 
     def alloc(self, session: Session, request: m.HeapAlloc) -> Grant | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
-        if request.size > SLICE_BYTES:
-            return self._alloc_large(session, shared, request.size)
+        size = request.size
+        if shared.quota or self._quotas.limit:
+            shared.heap.check_size(size)
+            extent = extent_of(size)
+            if not self._quotas.admits(session, shared, extent):
+                return self._quotas.when_recounted(session, shared, extent, lambda: self._alloc(session, shared, size))
+        return self._alloc(session, shared, size)
+
+    def _alloc(self, session: Session, shared: SharedHeap, size: int) -> Grant | Job:
+        if size > SLICE_BYTES:
+            return self._alloc_large(session, shared, size)
         try:
-            return shared.heap.alloc(request.size, session.number)
+            return shared.heap.alloc(size, session.number)
         except HeapFullError as error:
-            raise self._restated(error, request.size) from None
+            raise self._restated(error, size) from None
 
     def _alloc_large(self, session: Session, shared: SharedHeap, size: int) -> Job:
         try:
@@ -57,6 +72,15 @@ class BlockOperations:
         sizes = request.sizes
         for size in sizes:
             shared.heap.check_size(size)
+        if shared.quota or self._quotas.limit:
+            extents = sum(map(extent_of, sizes))
+            if not self._quotas.admits(session, shared, extents):
+                return self._quotas.when_recounted(
+                    session, shared, extents, lambda: self._alloc_many(session, shared, sizes)
+                )
+        return self._alloc_many(session, shared, sizes)
+
+    def _alloc_many(self, session: Session, shared: SharedHeap, sizes: list[int]) -> list[Grant] | Job:
         if sum(sizes) > SLICE_BYTES // 4 or len(sizes) > _BLOCKS_A_SLICE:
             return self._alloc_many_large(session, shared, sizes)
         grants: list[Grant] = []
@@ -73,6 +97,8 @@ class BlockOperations:
         spent = 0
         try:
             for size in sizes:
+                # A slice later another request of the session may have had what was admitted.
+                self._quotas.check(session, shared, extent_of(size))
                 if size > SLICE_BYTES:
                     grants.append((yield from shared.heap.alloc_in_slices(size, session.number)))
                 else:
@@ -107,6 +133,13 @@ class BlockOperations:
 
     def resize(self, session: Session, request: m.HeapResize) -> Grant | Job:
         shared = self._directory.locate(session, request.heap)
+        run = shared.heap.runs.get(request.address >> PAGE_SHIFT)  # a slab block grows within its extent
+        more = extent_of(request.size) - (run << PAGE_SHIFT) if run and request.size <= MAX_BLOCK_SIZE else 0
+        if more > 0 and not self._quotas.admits(session, shared, more):
+            return self._quotas.when_recounted(session, shared, more, lambda: self._resize(shared, request))
+        return self._resize(shared, request)
+
+    def _resize(self, shared: SharedHeap, request: m.HeapResize) -> Grant | Job:
         try:
             grant = shared.heap.resize(
                 request.address, request.generation, request.size, in_place_only=request.in_place_only
@@ -141,7 +174,7 @@ class BlockOperations:
             shared.heap.free(address, generation)
         return None if self._directory.arena.is_settled else self._directory.settle_then(None)
 
-    def lease(self, session: Session, request: m.HeapLease) -> list[Grant]:
+    def lease(self, session: Session, request: m.HeapLease) -> list[Grant] | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
         if request.size * request.count + sum(request.others) > SLICE_BYTES:
             raise InvalidArgumentError(
@@ -149,10 +182,30 @@ class BlockOperations:
                 " large at once"
             )
         count = min(request.count, _BLOCKS_A_SLICE)
+        others = request.others[: _BLOCKS_A_SLICE - count]
+        if shared.quota or self._quotas.limit:
+            return self._lend_within_quota(session, shared, request.size, count, others)
+        return self._lend(session, shared, request.size, count, others)
+
+    def _lend_within_quota(
+        self, session: Session, shared: SharedHeap, size: int, count: int, others: Sequence[int]
+    ) -> list[Grant] | Job:
+        """As many as fit; a session that has room for none has its blocks counted anew, for one."""
+        shared.heap.check_size(size)
+        extent = extent_of(size)
+        if not self._quotas.admits(session, shared, count * extent + sum(map(extent_of, others))):
+            count, others = min(count, self._quotas.room(session, shared) // extent), []
+            if not count or not self._quotas.admits(session, shared, count * extent):
+                return self._quotas.when_recounted(
+                    session, shared, extent, lambda: self._lend(session, shared, size, 1, [])
+                )
+        return self._lend(session, shared, size, count, others)
+
+    def _lend(self, session: Session, shared: SharedHeap, size: int, count: int, others: Sequence[int]) -> list[Grant]:
         try:
-            return shared.heap.lease(request.size, count, session.number, request.others[: _BLOCKS_A_SLICE - count])
+            return shared.heap.lease(size, count, session.number, others)
         except HeapFullError as error:
-            raise self._restated(error, request.size) from None
+            raise self._restated(error, size) from None
 
     def give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)

@@ -20,12 +20,14 @@ Job = Generator[None, None, Any]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Counts no client can pass: sessions, heaps, names in one heap, waiters of one session. All arbitrary."""
+    """What no client can pass. Counts, all arbitrary: sessions, heaps, names in one heap, waiters of one session; and
+    session_quota: bytes that one session may have, 0 for no limit."""
 
     sessions: int = 4096
     heaps: int = 8192
     names: int = 65_536
     waiters: int = 1024
+    session_quota: int = 0
 
 
 class Directory:

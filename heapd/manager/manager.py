@@ -20,7 +20,7 @@ from heapd.errors import (
     NoSuchHeapError,
     NotPermittedError,
 )
-from heapd.heap import Heap, collect_statistics, validate_block, validate_heap, walk
+from heapd.heap import NOBODY, Heap, collect_statistics, recount, validate_block, validate_heap, walk
 from heapd.layout import (
     BUSY,
     F_EXECUTABLE,
@@ -35,6 +35,7 @@ from heapd.manager.directory import Directory, Job, Limits
 from heapd.manager.executable import check_executable
 from heapd.manager.names import Waiter
 from heapd.manager.naming import NameOperations
+from heapd.manager.quota import Quotas
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
 from heapd.records import as_tuple
@@ -64,7 +65,8 @@ class HeapManager:
         self.limits = self._directory.limits
         self.sessions = self._directory.sessions
         self.heaps = self._directory.heaps
-        blocks, names = BlockOperations(self._directory), NameOperations(self._directory)
+        self._quotas = Quotas(self.limits.session_quota)
+        blocks, names = BlockOperations(self._directory, self._quotas), NameOperations(self._directory)
         self._handlers: dict[type[m.Request], Callable[[Session, Any], Any]] = {
             m.SessionClose: lambda session, request: self.end_session(session),
             m.SessionList: self._list_sessions,
@@ -153,6 +155,7 @@ class HeapManager:
                 if shared.is_destroyed:
                     return
         shared.orphan_owners = owners
+        yield from recount(heap, session.number, shared.openers, NOBODY)
         yield from self._directory.settle()
 
     def _list_sessions(self, session: Session, request: m.SessionList) -> list[tuple[Any, ...]]:
@@ -162,7 +165,13 @@ class HeapManager:
     def _arena_statistics(self, session: Session, request: m.ArenaStatisticsGet) -> tuple[Any, ...]:
         return as_tuple(self.arena.statistics(len(self.heaps), len(self.sessions)))
 
-    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> Job:
+    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> Job | None:
+        if request.heap:
+            self._directory.controls.bump(self._directory.locate(session, request.heap).heap_id)
+            return None
+        return self._reclaim_all()
+
+    def _reclaim_all(self) -> Job:
         for heap_id in self.heaps:
             self._directory.controls.bump(heap_id)
         for shared in list(self.heaps.values()):  # what heaps keep for themselves is wanted elsewhere
@@ -185,6 +194,7 @@ class HeapManager:
             initial=request.initial,
             maximum=request.maximum,
             max_block=request.max_block,
+            quota=request.session_quota,
         )
         return self._directory.info(shared)
 
@@ -198,12 +208,14 @@ class HeapManager:
         maximum: int = 0,
         reserve: int = 0,
         max_block: int = 0,
+        quota: int = 0,
         is_default: bool = False,
     ) -> SharedHeap:
         if len(self.heaps) >= self.limits.heaps:
             raise LimitError(
                 f"the daemon has {len(self.heaps)} heaps, its limit; destroy some", limit=self.limits.heaps
             )
+        self._quotas.check_new_heap(session, initial)
         heap_id = self._directory.controls.take()
         index = heap_id & ((1 << HEAP_INDEX_BITS) - 1)
         try:
@@ -211,7 +223,7 @@ class HeapManager:
         except HeapdError:
             self._directory.controls.abandon(heap_id)
             raise
-        shared = SharedHeap(heap_id, name, flags, heap, session.number, is_default)
+        shared = SharedHeap(heap_id, name, flags, heap, session.number, is_default, quota=quota, initial=initial)
         self.heaps[heap_id] = self._directory.by_index[index] = shared
         if name is not None:
             self._directory.by_name[name] = shared
@@ -348,6 +360,7 @@ class HeapManager:
             "commit_limit": arena.budget.limit,
             "committed": arena.budget.committed,
             "peak_committed": arena.budget.peak,
+            "session_quota": self.limits.session_quota,
         }
 
     def shutdown(self) -> None:

@@ -29,7 +29,8 @@ class Session:
 
     Fields: number (in state words), token (16 random bytes, proves on the work socket who is calling), pid, uid,
     opened_ns, heaps (it has open, by id), closed (heaps it had open: blocks of it may lie there), default_heap,
-    requests (so far), waiters (names it waits for now), is_live.
+    requests (so far), waiters (names it waits for now), is_live, allowance (bytes that it may be lent before its
+    quota is reckoned again).
     """
 
     number: int
@@ -43,10 +44,18 @@ class Session:
     requests: int = 0
     waiters: int = 0
     is_live: bool = True
+    allowance: int = 0
 
     def info(self, now_ns: int) -> SessionInfo:
         return SessionInfo(
-            self.number, self.pid, self.uid, now_ns - self.opened_ns, len(self.heaps), self.requests, self.is_live
+            number=self.number,
+            pid=self.pid,
+            uid=self.uid,
+            age_ns=now_ns - self.opened_ns,
+            heaps=len(self.heaps),
+            requests=self.requests,
+            is_live=self.is_live,
+            held=sum(shared.heap.held.of(self.number) for shared in {*self.heaps.values(), *self.closed}),
         )
 
 

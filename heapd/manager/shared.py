@@ -35,7 +35,9 @@ _INDEX_MASK = (1 << HEAP_INDEX_BITS) - 1
 @dataclass(slots=True, eq=False)
 class SharedHeap:
     """Fields: heap_id, name, flags (F_*), heap, creator (session number), is_default, openers (session numbers),
-    names (name -> (slot, address, generation)), orphan_owners (ended sessions that had blocks at the last scan)."""
+    names (name -> (slot, address, generation)), orphan_owners (ended sessions that had blocks at the last scan),
+    is_destroyed, quota (bytes that one session may have of it, 0: no limit of its own), initial (bytes committed when
+    it was made)."""
 
     heap_id: int
     name: str | None
@@ -47,6 +49,8 @@ class SharedHeap:
     names: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     orphan_owners: set[int] = field(default_factory=set)
     is_destroyed: bool = False
+    quota: int = 0
+    initial: int = 0
 
     @property
     def index(self) -> int:
@@ -72,6 +76,7 @@ class SharedHeap:
             creator=self.creator if creator_is_live else 0,
             is_default=self.is_default,
             sessions=len(self.openers),
+            session_quota=self.quota,
         )
 
 

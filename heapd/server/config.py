@@ -22,6 +22,7 @@ class Config:
         reserve               bytes of address space for the arena
         gid                   group whose members are served too, None: its own user alone
         commit_limit          bytes it may commit, None: what the machine leaves, less a margin
+        session_quota         bytes that one session may have, 0: no limit
         idle_exit_s           ends by itself this long after its last session, None: never
         ready_fd              a line "ready" is written to it once clients are answered, None: nobody waits
         max_sessions          sessions at once (arbitrary; state words have room for 16,383)
@@ -39,6 +40,7 @@ class Config:
     reserve: int = DEFAULT_RESERVE
     gid: int | None = None
     commit_limit: int | None = None
+    session_quota: int = 0
     idle_exit_s: float | None = None
     ready_fd: int | None = None
     max_sessions: int = 4096

@@ -129,10 +129,11 @@ class ArenaStatisticsGet(Request):
 @dataclass(slots=True)
 class ArenaReclaim(Request):
     """Memory is short: decommit what all heaps have free, and ask every front end to give back what it caches, at its
-    next operation. Answer: None."""
+    next operation. With `heap`, which must be open, of that heap alone. Answer: None."""
 
     op: ClassVar[int] = 13
     name: ClassVar[str] = "arena.reclaim"
+    heap: Annotated[int, _U63] = 0
 
 
 # -- heaps ------------------------------------------------------------------------------------------------------------
@@ -141,7 +142,8 @@ class HeapCreate(Request):
     """Make a heap and open it. Answer: HeapInfo tuple.
 
     heap_name (None: anonymous, dies with its session), initial (bytes committed at once), maximum (bytes, 0:
-    growable), flags (layout.F_* bits), max_block (largest request, 0: none of its own)."""
+    growable), flags (layout.F_* bits), max_block (largest request, 0: none of its own), session_quota (bytes that one
+    session may have of it, 0: none of its own)."""
 
     op: ClassVar[int] = 20
     name: ClassVar[str] = "heap.create"
@@ -150,6 +152,7 @@ class HeapCreate(Request):
     maximum: Size
     flags: Annotated[int, Range(0, 2**16 - 1)]
     max_block: Size = 0
+    session_quota: Size = 0
 
 
 @dataclass(slots=True)

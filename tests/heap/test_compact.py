@@ -63,7 +63,7 @@ def test_a_full_heap_has_nothing_to_give(make_heap: MakeHeap) -> None:
 def test_it_pauses_between_slices_of_16_mib(make_heap: MakeHeap, arena: Arena) -> None:
     """The loop must not stall; a heap may change or go meanwhile."""
     heap = make_heap(maximum=120 * MIB, initial=100 * MIB)
-    heap.space._initial = 0
+    heap.space.initial = 0
     job = heap.compact()
     sizes = [arena.segment.allocated_bytes]
     pauses = 0
@@ -79,7 +79,7 @@ def test_blocks_that_come_and_go_between_slices_are_safe(make_heap: MakeHeap, ar
     """A page taken meanwhile is not decommitted under its block."""
     random_ = random.Random(2)
     heap = make_heap(maximum=100 * MIB, initial=90 * MIB)
-    heap.space._initial = 0
+    heap.space.initial = 0
     live: list[Grant] = []
     job = heap.compact()
     for _ in job:
@@ -101,7 +101,7 @@ def test_blocks_that_come_and_go_between_slices_are_safe(make_heap: MakeHeap, ar
 def test_a_heap_closed_between_two_slices_is_let_alone(make_heap: MakeHeap, arena: Arena) -> None:
     """Its pages may be another heap's by now."""
     heap = make_heap(maximum=100 * MIB, initial=90 * MIB)
-    heap.space._initial = 0
+    heap.space.initial = 0
     job = heap.compact()
     next(job)
     heap.close()

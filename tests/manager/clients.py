@@ -77,8 +77,9 @@ class Client:
         maximum: int = 0,
         flags: int = F_SERIALIZE,
         max_block: int = 0,
+        session_quota: int = 0,
     ) -> HeapInfo:
-        return HeapInfo(*self.ask(m.HeapCreate(name, initial, maximum, flags, max_block)))
+        return HeapInfo(*self.ask(m.HeapCreate(name, initial, maximum, flags, max_block, session_quota)))
 
     def create_persistent(self, name: str) -> HeapInfo:
         return self.create(name, flags=F_SERIALIZE | F_PERSISTENT)
