@@ -134,11 +134,22 @@ def _context_threads() -> Iterable[int]:
                 yield int(entry)
 
 
+def children_of(pid: int) -> list[int]:
+    """Process ids of the children that a process has now."""
+    return [int(child) for child in _read(pid, f"task/{pid}/children").split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    state = _read(pid, "stat").rpartition(b") ")[2][:1]
+    return state not in (b"", b"Z", b"X")
+
+
 # -- daemons -----------------------------------------------------------------------------------------------------------
 class Daemon:
-    """`heapd serve` as a process of its own.
+    """`heapd serve` as a process of its own: a supervisor, whose child is the server.
 
-    Fields: name, directory (of its sockets), endpoint (as clients write it), process.
+    Fields: name, directory (of its sockets), endpoint (as clients write it), process (the supervisor).
     """
 
     def __init__(self, directory: Path, name: str, arguments: Sequence[str] = ()) -> None:
@@ -198,9 +209,22 @@ class Daemon:
         return self.process.wait(deadline_s)
 
     def kill(self) -> None:
-        """SIGKILL; its segments stay, as after any crash, until the test ends."""
-        self.process.kill()
-        self.process.wait()
+        """SIGKILL to supervisor and server; its segments stay, as after any crash, until the test ends."""
+        if self.is_running:
+            self.process.send_signal(signal.SIGSTOP)  # so that it starts no other server
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+            servers = children_of(self.process.pid)
+            for pid in servers:
+                os.kill(pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+            wait_until(lambda: not any(is_alive(pid) for pid in servers), what="the killed server's end")
+
+    def kill_server(self) -> int:
+        """SIGKILL to the server alone, which the supervisor starts again. Returns: its process id."""
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
 
     def check_clean_end(self) -> None:
         """Stop it if it runs; unless it was killed it has ended with 0 and left no segment."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from time import monotonic
 from typing import Any, Final, NamedTuple
 
@@ -168,7 +168,7 @@ def daemon_status(endpoint: str | None = None, *, timeout: float = 10.0) -> dict
 
 
 def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
-    """Ask the daemon to end; returns when its process is gone, or no longer answers.
+    """Ask the daemon to end; returns when its processes are gone.
 
     Args:   endpoint (as for `connect`), timeout (seconds).
     Raises: DaemonNotFoundError if none answers; DaemonLostError if it still runs at the timeout.
@@ -178,15 +178,15 @@ def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
     pid = ask(where, Status(), timeout)["pid"]
-    try:
-        process = os.pidfd_open(pid)
-    except OSError:
-        process = -1  # in another pid namespace: its word has to do
-    try:
+    holder = where.holder()  # the supervisor, if it has one
+    with ExitStack() as stack:
+        processes = []
+        for each in {pid, holder[0] if holder is not None else pid}:
+            with suppress(OSError):  # in another pid namespace: its word has to do
+                processes.append(os.pidfd_open(each))
+                stack.callback(os.close, processes[-1])
         with suppress(DaemonStoppedError):  # it may be gone before its answer is
             ask(where, Stop(), max(deadline - monotonic(), 0.1))
-        if process >= 0 and not select.select([process], [], [], max(deadline - monotonic(), 0.0))[0]:
-            raise DaemonLostError(f"the daemon at {where}, process {pid}, did not end within {timeout:g} s")
-    finally:
-        if process >= 0:
-            os.close(process)
+        for process in processes:
+            if not select.select([process], [], [], max(deadline - monotonic(), 0.0))[0]:
+                raise DaemonLostError(f"the daemon at {where}, process {pid}, did not end within {timeout:g} s")

@@ -24,7 +24,9 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--endpoint", "-e", type=ENDPOINT, help="Both in one: NAME or ipc://DIRECTORY/NAME.")
 @click.option("--group", callback=lambda ctx, param, value: _gid(value),
               help="Serve this group's members too (name or number).  [default: its user alone]")  # fmt: skip
-@click.option("--reserve", type=SIZE, default="64GiB", show_default=True, help="Address space of the arena; sparse.")
+@click.option(
+    "--reserve", type=SIZE, help="Address space of the arena; sparse.  [default: 64GiB, or what a killed daemon had]"
+)
 @click.option(
     "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"
 )
@@ -33,6 +35,8 @@ _LEVELS = ("debug", "info", "warning", "error")
 )
 @click.option("--idle-exit", type=Seconds(min=0), metavar="SECONDS",
               help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
+@click.option("--restarts", type=click.IntRange(min=0), default=100, show_default=True,
+              help="How often in a minute a server process that dies is started again; 0: no supervisor.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
 @click.option(
     "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line here once clients are answered."
@@ -42,19 +46,20 @@ def serve(
     runtime_dir: str | None,
     endpoint: Endpoint | None,
     group: int | None,
-    reserve: int,
+    reserve: int | None,
     commit_limit: int | None,
     session_quota: int | None,
     idle_exit: float | None,
+    restarts: int,
     log_level: str,
     ready_fd: int | None,
 ) -> None:
     """Run a daemon in the foreground until SIGTERM, Ctrl-C or `heapd stop`.
 
-    It logs to stderr, and refuses to start where one of its name serves already.
+    A small supervisor process starts the server, and starts it again when it dies. It logs to stderr, and refuses to
+    start where one of its name serves already.
     """
-    from heapd.server import Config
-    from heapd.server import serve as run
+    from heapd.server import Config, supervise
 
     if endpoint is not None and (name or runtime_dir):
         raise click.UsageError("--endpoint says it all: leave --name and --runtime-dir away")
@@ -62,7 +67,7 @@ def serve(
         _check_open(ready_fd)
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     faulthandler.enable()  # a SIGBUS cannot be handled, only explained
-    run(
+    supervise(
         Config(
             endpoint=endpoint or _endpoint(name, runtime_dir),
             reserve=reserve,
@@ -70,6 +75,7 @@ def serve(
             commit_limit=commit_limit,
             session_quota=session_quota or 0,
             idle_exit_s=idle_exit,
+            restarts=restarts,
             ready_fd=ready_fd,
         )
     )

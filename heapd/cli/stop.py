@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import ExitStack
+from time import monotonic
 
 import click
 
@@ -24,21 +26,24 @@ def stop(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None:
     """Stop a daemon and wait until it has ended; its heaps are gone then."""
     endpoint = target or endpoint
     pid = int(ask(endpoint, Status(), timeout)["pid"])
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        pidfd = -1  # it is ending by itself
-    ask(endpoint, Stop(), timeout)
-    if pidfd >= 0:
-        _wait_for_end(pidfd, endpoint, timeout)
+    holder = endpoint.holder()  # the supervisor, if it has one
+    with ExitStack() as stack:
+        pidfds = [_open(each, stack) for each in {pid, holder[0] if holder is not None else pid}]
+        ask(endpoint, Stop(), timeout)
+        deadline = monotonic() + timeout
+        for pidfd in pidfds:
+            if pidfd is not None and not select.select([pidfd], [], [], max(deadline - monotonic(), 0))[0]:
+                raise DaemonLostError(
+                    f"the daemon at {endpoint} was told to stop, and had not ended after {timeout:g} s"
+                )
     click.echo(f"daemon {endpoint.name} (process {pid}) has stopped")
 
 
-def _wait_for_end(pidfd: int, endpoint: Endpoint, timeout: float) -> None:
+def _open(pid: int, stack: ExitStack) -> int | None:
+    """A pidfd for as long as the stack, None if the process is ending by itself."""
     try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(timeout * 1000):
-            raise DaemonLostError(f"the daemon at {endpoint} was told to stop, and had not ended after {timeout:g} s")
-    finally:
-        os.close(pidfd)
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    stack.callback(os.close, pidfd)
+    return pidfd

@@ -19,11 +19,13 @@ class Config:
 
     Fields:
         endpoint              where it listens
-        reserve               bytes of address space for the arena
+        reserve               bytes of address space for the arena, None: those of one that was left, else 64 GiB
         gid                   group whose members are served too, None: its own user alone
         commit_limit          bytes it may commit, None: what the machine leaves, less a margin
         session_quota         bytes that one session may have, 0: no limit
         idle_exit_s           ends by itself this long after its last session, None: never
+        restarts              times in a minute that a server that died is started again, 0: it has no supervisor
+                              (arbitrary: one that dies at once, again and again, gets there within the minute)
         ready_fd              a line "ready" is written to it once clients are answered, None: nobody waits
         max_sessions          sessions at once (arbitrary; state words have room for 16,383)
         max_process_sessions  sessions of one process (arbitrary)
@@ -37,11 +39,12 @@ class Config:
     """
 
     endpoint: Endpoint
-    reserve: int = DEFAULT_RESERVE
+    reserve: int | None = None
     gid: int | None = None
     commit_limit: int | None = None
     session_quota: int = 0
     idle_exit_s: float | None = None
+    restarts: int = 100
     ready_fd: int | None = None
     max_sessions: int = 4096
     max_process_sessions: int = 256

@@ -1,6 +1,11 @@
 """What an earlier daemon left behind when it was killed: its socket files and its arena.
 
-All of it is done under the endpoint's lock, so that the earlier daemon is known to be dead.
+An arena is adopted when it is whole, of this layout and of the size that is wanted. One that was never finished, or
+whose daemon was just stopping, holds nothing that anybody was promised, and is removed. One that may hold something
+but cannot be served, because it is of another layout or size, is neither used nor removed: the user is told.
+
+All of it is done under the endpoint's lock, so that the earlier daemon is known to be dead. Nothing here maps a
+segment or waits for anything.
 """
 
 from __future__ import annotations
@@ -11,77 +16,152 @@ import os
 import stat
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from heapd.arena import remove_segment
 from heapd.errors import SegmentError
-from heapd.layout import H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
+from heapd.layout import (
+    H_MAGIC,
+    H_PAGE_COUNT,
+    H_PID,
+    H_START_TIME,
+    H_STATE,
+    H_VERSION,
+    LAYOUT_VERSION,
+    MAGIC,
+    STOPPED,
+    WORD,
+)
 from heapd.server.credentials import start_time_of
 from heapd.server.gate import SHUT_SUFFIX
+from heapd.units import GRANULE_SIZE, PAGE_SHIFT, align_up, format_size
 from heapd.wire import Endpoint
 
-__all__ = ["SegmentOwner", "claim_segment", "clear_sockets", "segment_owner"]
+__all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "inspect_segment"]
 
 log = logging.getLogger("heapd.server")
 
-_HEADER_WORDS = max(H_MAGIC, H_PID, H_START_TIME) + 1
+_HEADER_WORDS = max(H_MAGIC, H_VERSION, H_STATE, H_PAGE_COUNT, H_PID, H_START_TIME) + 1
+_SHM = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentOwner:
-    """Whose a segment is.
+class Remains:
+    """A segment that is there, by its header; see the module.
 
-    Fields: is_foreign (of another user, or no plain file), pid (of the daemon that made it, 0 if it did not get so
-    far), is_alive (that very process still runs).
+    Fields: is_foreign (of another user, or no plain file), pid (of the daemon that serves or served it, 0 if it did
+    not get so far), is_alive (that very process still runs), useless (why nothing in it is worth keeping, "" if
+    something may be), version (of its layout), size (bytes).
     """
 
     is_foreign: bool
     pid: int = 0
     is_alive: bool = False
+    useless: str = ""
+    version: int = 0
+    size: int = 0
 
 
-def claim_segment(endpoint: Endpoint) -> str:
-    """The name of the segment to make, free to be made: what an earlier daemon left under it is removed.
+class Claim(NamedTuple):
+    """The segment that a daemon is to serve: its name, and whether it is there, to be adopted."""
+
+    name: str
+    is_there: bool
+
+
+def claim_segment(endpoint: Endpoint, reserve: int | None = None) -> Claim:
+    """What this daemon's segment is to be; what is useless under its name is removed.
 
     The caller holds the endpoint's lock. This is the one place that decides what becomes of an earlier arena.
+    Args:   reserve (bytes that the arena is to have, None: any).
     Raises: SegmentError if the segment belongs to a daemon that lives (one in another directory, or whose lock file
-            somebody took away), or to another user.
+            somebody took away), or to another user, or was left with another layout or size.
     """
     for name in dict.fromkeys((endpoint.segment, endpoint.unique_segment)):
-        owner = segment_owner(name)
-        if owner is None:
-            return name
-        if owner.is_foreign:
+        remains = inspect_segment(name)
+        if remains is None:
+            return Claim(name, False)
+        if remains.is_foreign:
             continue  # the name is taken in the flat space of /dev/shm; the next has the directory's hash
-        if owner.is_alive:
+        if remains.is_alive:
             raise SegmentError(
-                f"the shared memory segment {name} is in use by the daemon of process {owner.pid}", pid=owner.pid
+                f"the shared memory segment {name} is in use by the daemon of process {remains.pid}", pid=remains.pid
             )
-        log.warning("removing the arena %s, which the daemon of process %d left behind", name, owner.pid)
-        remove_segment(name)
-        return name
+        if remains.useless:
+            log.warning("removing the shared memory segment %s, which %s", name, remains.useless)
+            remove_segment(name)
+            return Claim(name, False)
+        _check_fit(name, remains, reserve)
+        return Claim(name, True)
     raise SegmentError(f"the shared memory segment {endpoint.unique_segment} belongs to another user")
 
 
-def segment_owner(name: str) -> SegmentOwner | None:
-    """Whose segment `name` is, None if there is none. Reads its header without mapping it."""
+def _check_fit(name: str, remains: Remains, reserve: int | None) -> None:
+    left = f"the arena {name}, which the daemon of process {remains.pid} left behind,"
+    if remains.version != LAYOUT_VERSION:
+        raise SegmentError(
+            f"{left} has layout version {remains.version}, and this heapd serves {LAYOUT_VERSION}: serve it with the "
+            f"heapd that made it, or remove it with `heapd gc`",
+            segment=name,
+        )
+    if reserve is not None and align_up(reserve, GRANULE_SIZE) != remains.size:
+        raise SegmentError(
+            f"{left} is of {format_size(remains.size)}, and {format_size(reserve)} were asked for: start without "
+            f"--reserve to go on with it, or remove it with `heapd gc`",
+            segment=name,
+        )
+
+
+def inspect_segment(name: str) -> Remains | None:
+    """What the segment `name` is, None if there is none. Reads its header without mapping it."""
     try:
-        descriptor = os.open(f"/dev/shm/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(f"{_SHM}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError:  # a symlink, or not ours to read
-        return SegmentOwner(is_foreign=True)
+        return Remains(is_foreign=True)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
-            return SegmentOwner(is_foreign=True)
+            return Remains(is_foreign=True)
         header = os.pread(descriptor, _HEADER_WORDS * WORD, 0)
     finally:
         os.close(descriptor)
-    words = struct.unpack(f"<{len(header) // WORD}Q", header[: len(header) // WORD * WORD])
-    if len(words) < _HEADER_WORDS or words[H_MAGIC] != MAGIC:
-        return SegmentOwner(is_foreign=False)
+    if len(header) < _HEADER_WORDS * WORD:
+        return Remains(False, useless="was never finished: it has no header", size=status.st_size)
+    return _read_header(struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
+
+
+def _read_header(words: tuple[int, ...], size: int) -> Remains:
     pid = words[H_PID]
-    return SegmentOwner(False, pid, bool(pid) and start_time_of(pid) == words[H_START_TIME])
+    useless = ""
+    if words[H_MAGIC] != MAGIC:
+        useless, pid = "was never finished: its header does not say so", 0
+    elif words[H_STATE] == STOPPED:
+        useless = f"the daemon of process {pid} was about to remove"
+    elif words[H_VERSION] == LAYOUT_VERSION and words[H_PAGE_COUNT] << PAGE_SHIFT != size:
+        useless = f"is damaged: {size} bytes long, and its header says {words[H_PAGE_COUNT] << PAGE_SHIFT}"
+    is_alive = bool(pid) and start_time_of(pid) == words[H_START_TIME]
+    return Remains(False, pid, is_alive, useless, words[H_VERSION], size)
+
+
+def discard(endpoint: Endpoint) -> None:
+    """Remove all that a daemon left which was to stop and died before it had done that; its clients are told."""
+    clear_sockets(endpoint)
+    for name in dict.fromkeys((endpoint.segment, endpoint.unique_segment)):
+        remains = inspect_segment(name)
+        if remains is not None and not remains.is_foreign and not remains.is_alive:
+            _mark_stopped(name)
+            remove_segment(name)
+
+
+def _mark_stopped(name: str) -> None:
+    with contextlib.suppress(OSError):  # nobody has it mapped, then
+        descriptor = os.open(f"{_SHM}/{name}", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, STOPPED.to_bytes(WORD, "little"), H_STATE * WORD)
+        finally:
+            os.close(descriptor)
 
 
 def clear_sockets(endpoint: Endpoint) -> None:

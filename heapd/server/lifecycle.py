@@ -3,6 +3,9 @@
 Order matters. Up: directory, lock, leftovers of a crash, descriptors, arena, sockets, "ready". Down, on a stop or on
 any error on the way up: sockets, arena, lock. Nothing is bound and nothing of another daemon's is touched before the
 lock is held.
+
+A server that has a supervisor shares the lock with it and says how far it is; one that has none, or has lost it, does
+all that by itself.
 """
 
 from __future__ import annotations
@@ -20,43 +23,45 @@ from types import FrameType
 import zmq
 
 from heapd import __version__
-from heapd.arena import Arena
+from heapd.arena import Arena, remove_segment
 from heapd.layout import H_INCARNATION
 from heapd.manager import HeapManager, Limits
-from heapd.server.config import Config
+from heapd.server.config import DEFAULT_RESERVE, Config
 from heapd.server.credentials import start_time_of
 from heapd.server.gate import Gate
 from heapd.server.guards import raise_descriptor_limit
 from heapd.server.leftovers import claim_segment, clear_sockets
+from heapd.server.link import READY, STOPPING, SupervisorLink
 from heapd.server.lock import DaemonLock
 from heapd.server.loop import Loop
 from heapd.service import Identity, Service
 from heapd.units import format_size
 from heapd.wire import Endpoint, make_directory
 
-__all__ = ["serve"]
+__all__ = ["STOP_SIGNALS", "prepare_directory", "say_ready", "serve"]
 
 log = logging.getLogger("heapd.server")
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def serve(config: Config) -> None:
-    """Run a daemon in this thread, the process's main one, until it is stopped.
+def serve(config: Config, link: SupervisorLink | None = None) -> None:
+    """Run a server in this thread, the process's main one, until it is stopped.
 
-    Returns: after a stop by request, signal or idleness; sockets, arena and lock file are gone.
+    Args:    link (to the supervisor that forked this process, None: there is none).
+    Returns: after a stop by request, signal or idleness; sockets, arena and lock file are gone. The lock file of a
+             supervisor is left to it.
     Raises:  DaemonRunningError if the endpoint is served already; InvalidArgumentError, SegmentError, HeapFullError
              if the daemon cannot start. Nothing of it is left then.
     """
     endpoint = config.endpoint
-    make_directory(endpoint.directory, config.gid)
-    os.umask(0o077)
+    prepare_directory(config)
     with contextlib.ExitStack() as stack:
-        lock = DaemonLock.acquire(endpoint)
+        lock = DaemonLock.acquire(endpoint) if link is None else link.lock
         stack.callback(lock.release)
         limit = raise_descriptor_limit()
-        clear_sockets(endpoint)
-        arena = Arena.create(claim_segment(endpoint), reserve=config.reserve, commit_limit=config.commit_limit)
+        arena = _make_arena(config)
+        clear_sockets(endpoint)  # now that it is known that no daemon lives which they could belong to
         limits = Limits(sessions=config.max_sessions, session_quota=config.session_quota)
         manager = HeapManager(arena, clock=time.monotonic_ns, limits=limits)
         stack.callback(manager.shutdown)
@@ -78,9 +83,32 @@ def serve(config: Config) -> None:
         for gate in gates:
             gate.open()
         _log_start(endpoint, arena)
-        _say_ready(config)
+        if link is None:
+            say_ready(config)
+        else:
+            loop.watch_supervisor(link.fileno(), lock.take_over)
+            link.say(READY)
         loop.run()
         log.info("stopping %s", endpoint)
+        if link is not None:
+            link.say(STOPPING)
+
+
+def prepare_directory(config: Config) -> None:
+    """Make the endpoint's directory; what this process makes from now on is its user's alone.
+
+    Raises: SegmentError if the directory cannot be used.
+    """
+    make_directory(config.endpoint.directory, config.gid)
+    os.umask(0o077)
+
+
+def _make_arena(config: Config) -> Arena:
+    claim = claim_segment(config.endpoint, config.reserve)
+    if claim.is_there:
+        log.warning("removing the arena %s, which an earlier daemon left behind", claim.name)
+        remove_segment(claim.name)
+    return Arena.create(claim.name, reserve=config.reserve or DEFAULT_RESERVE, commit_limit=config.commit_limit)
 
 
 def _log_start(endpoint: Endpoint, arena: Arena) -> None:
@@ -123,22 +151,24 @@ def _service(config: Config, manager: HeapManager, arena: Arena) -> Service:
 
 @contextlib.contextmanager
 def _stop_on_signals(loop: Loop, wakeup: socket.socket) -> Iterator[None]:
-    """While inside, a stop signal ends the loop at the end of its turn, and wakes it through `wakeup`."""
+    """While inside, a stop signal ends the loop at the end of its turn, and wakes it through `wakeup`.
+
+    Afterwards, too, it does no more than that: a second one does not end the process before it has tidied up.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         loop.stop()
 
-    before = {number: signal.signal(number, stop) for number in _STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
     woken = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(woken)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-def _say_ready(config: Config) -> None:
+def say_ready(config: Config) -> None:
     """Tell whoever started this daemon that clients are answered from now on."""
     if config.ready_fd is not None:
         with contextlib.suppress(OSError):  # it may have given up meanwhile

@@ -6,21 +6,27 @@ import fcntl
 import os
 
 from heapd.errors import DaemonRunningError, SegmentError
+from heapd.server.credentials import start_time_of
 from heapd.wire import Endpoint
 
 __all__ = ["DaemonLock"]
 
 
 class DaemonLock:
-    """An flock on the endpoint's lock file, held for the life of the daemon; its death lets it go."""
+    """An flock on the endpoint's lock file, held for the life of the daemon; its death lets it go.
+
+    A forked child holds it, too, for as long as it lives; the file is the parent's to remove, until the child says
+    `take_over`.
+    """
 
     def __init__(self, descriptor: int, path: str) -> None:
         self._descriptor = descriptor
         self._path = path
+        self._owner = os.getpid()
 
     @classmethod
     def acquire(cls, endpoint: Endpoint) -> DaemonLock:
-        """Take the lock and write this process's id into the file.
+        """Take the lock and write this process's id and start time into the file.
 
         Raises: DaemonRunningError, naming the process that serves the endpoint; SegmentError if the file cannot be
                 made.
@@ -34,20 +40,26 @@ class DaemonLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
                 os.close(descriptor)
-                raise _running(endpoint, int(holder) if holder.isdigit() else None) from None
+                holder = endpoint.holder()
+                raise _running(endpoint, holder[0] if holder is not None else None) from None
             if _is_at(descriptor, path):
                 break
             os.close(descriptor)  # its holder removed it while we waited for nothing: take the new one
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        return cls(descriptor, path)
+        lock = cls(descriptor, path)
+        lock.take_over()
+        return lock
+
+    def take_over(self) -> None:
+        """The file names this process from now on, and is its to remove."""
+        self._owner = os.getpid()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{self._owner} {start_time_of(self._owner)}\n".encode(), 0)
 
     def release(self) -> None:
         """Remove the file and let go, in this order: whoever opened it before sees that it is gone, and opens anew."""
         if self._descriptor >= 0:
-            if _is_at(self._descriptor, self._path):
+            if self._owner == os.getpid() and _is_at(self._descriptor, self._path):
                 os.unlink(self._path)
             os.close(self._descriptor)
             self._descriptor = -1

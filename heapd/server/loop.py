@@ -83,6 +83,16 @@ class Loop:
         self._watch(wakeup, lambda: os.read(wakeup, 4096))
         self._watch_gates()
 
+    def watch_supervisor(self, pipe: int, orphaned: Callable[[], object]) -> None:
+        """Go on if the supervisor dies, whose end of `pipe` then closes, and call `orphaned`."""
+
+        def notice() -> None:
+            self._unwatch(pipe)
+            log.warning("the supervisor has died; this server goes on, and nobody will start it again")
+            orphaned()
+
+        self._watch(pipe, notice)
+
     def stop(self) -> None:
         """End the loop at the end of its turn; may be called from a signal handler."""
         self._is_stopping = True

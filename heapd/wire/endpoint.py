@@ -5,7 +5,7 @@ daemon's two sockets and its lock file lie in the directory, beside each other:
 
     <name>.control   hello, status, stop: the kernel's word on who is calling is read for every message
     <name>.work      everything else, by session token
-    <name>.lock      flock of the living daemon; holds its process id as text
+    <name>.lock      flock of the living daemon; holds its process id and start time as text
 """
 
 from __future__ import annotations
@@ -93,6 +93,18 @@ class Endpoint:
     @property
     def lock_path(self) -> str:
         return os.path.join(self.directory, f"{self.name}.lock")
+
+    def holder(self) -> tuple[int, int] | None:
+        """Who holds the lock, as its file has it: process id, and start time in clock ticks after boot.
+
+        It may have died; None if the file is missing, or names nobody yet.
+        """
+        try:
+            with open(self.lock_path, "rb") as file:
+                pid, start_time = file.read(64).split()
+            return int(pid), int(start_time)
+        except (OSError, ValueError):
+            return None
 
     @property
     def control(self) -> str:

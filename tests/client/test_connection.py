@@ -87,7 +87,8 @@ def test_a_hanging_daemon_is_lost_at_the_deadline(daemon: Daemon) -> None:
     with hc.connect(daemon.endpoint, autostart=False, timeout=0.6) as session:
         heap = session.create_heap(serialize=False)
         block = heap.alloc(8)
-        os.kill(daemon.pid, signal.SIGSTOP)
+        pid = daemon.pid
+        os.kill(pid, signal.SIGSTOP)
         try:
             started = time.monotonic()
             with pytest.raises(errors.DaemonLostError, match=r"heap\.(alloc|lease)"):
@@ -95,7 +96,7 @@ def test_a_hanging_daemon_is_lost_at_the_deadline(daemon: Daemon) -> None:
             assert 0.5 < time.monotonic() - started < 5
             block.view[:] = b"still ok"
         finally:
-            os.kill(daemon.process.pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         assert bytes(block.view) == b"still ok"
 
 

@@ -14,7 +14,7 @@ import pytest
 from heapd.server.guards import DescriptorGuard, MemoryGuard, count_descriptors, raise_descriptor_limit
 from heapd.wire.messages import HeapAlloc, SessionList
 from tests.conftest import StartDaemon
-from tests.harness import Daemon, wait_until
+from tests.harness import Daemon, is_alive, wait_until
 from tests.server.raw import (
     ConfiguredDaemon,
     RawSession,
@@ -64,6 +64,7 @@ def test_a_crowd_of_connections_does_not_bring_it_down(descriptor_limit: int, st
 def test_bursts_of_connections_do_not_bring_it_down(descriptor_limit: int, start_daemon: StartDaemon) -> None:
     """As fast as they can be made, on both sockets, three times over."""
     daemon = start_daemon()
+    server = daemon.pid
     with RawSession(daemon.endpoint) as session:
         heap = session.create_heap()
         for _ in range(3):
@@ -74,14 +75,14 @@ def test_bursts_of_connections_do_not_bring_it_down(descriptor_limit: int, start
                     if peer.connect_ex(f"{daemon.directory}/{daemon.name}.{which}"):
                         break
                 session.alloc(heap)
-                assert daemon.is_running, daemon.log
+                assert is_alive(server), daemon.log
             hello(daemon.endpoint)
         assert status(daemon.endpoint)["gates_shut"] >= 1
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one(daemon: Daemon) -> None:
     """The usual soft limit of 1,024 would do for 300 clients."""
-    limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+    limits = Path(f"/proc/{daemon.pid}/limits").read_text()
     (line,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
     soft, hard = line.split()[3:5]
     assert soft == hard

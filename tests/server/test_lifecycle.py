@@ -16,11 +16,11 @@ import heapd.wire as heapd_wire
 from heapd.errors import SegmentError
 from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
 from heapd.server.credentials import start_time_of
-from heapd.server.leftovers import claim_segment, segment_owner
+from heapd.server.leftovers import claim_segment, inspect_segment
 from heapd.wire import Endpoint
 from heapd.wire.messages import HeapDestroy, HeapOpen, SessionClose
 from tests.conftest import StartDaemon
-from tests.harness import Daemon, unique_name, wait_until
+from tests.harness import Daemon, children_of, unique_name, wait_until
 from tests.server.raw import RawSession, connect_raw, hello, status
 
 SHM = Path("/dev/shm")
@@ -41,10 +41,11 @@ def files_of(daemon: Daemon) -> list[str]:
 # -- one at a time -------------------------------------------------------------------------------------------------
 def test_a_second_daemon_of_one_name_is_refused_by_the_firsts_pid(daemon: Daemon) -> None:
     """A bind on the path would succeed silently and take the clients away: the lock comes first."""
+    server = daemon.pid
     second = heapd("serve", "-e", daemon.endpoint)
     assert second.returncode == 5
     assert second.stderr.startswith(f"heapd: daemon {daemon.name!r} is running already: process {daemon.process.pid} ")
-    assert status(daemon.endpoint)["pid"] == daemon.process.pid
+    assert status(daemon.endpoint)["pid"] == server
 
 
 def test_daemons_of_one_name_in_two_directories_do_not_meet(start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -77,9 +78,10 @@ def test_a_signal_stops_it_cleanly(start_daemon: StartDaemon, number: signal.Sig
 def test_stop_waits_until_it_has_ended(start_daemon: StartDaemon) -> None:
     """After `heapd stop` nothing of it is left."""
     daemon = start_daemon()
+    server = daemon.pid
     stopped = heapd("stop", daemon.endpoint)
     assert (stopped.returncode, stopped.stderr) == (0, "")
-    assert f"process {daemon.process.pid}" in stopped.stdout
+    assert f"process {server}" in stopped.stdout
     assert daemon.process.wait(1) == 0
     assert files_of(daemon) == []
 
@@ -87,9 +89,8 @@ def test_stop_waits_until_it_has_ended(start_daemon: StartDaemon) -> None:
 def test_a_kill_leaves_the_segment_and_nothing_that_would_remove_it(start_daemon: StartDaemon) -> None:
     """No resource tracker was ever started: the arena outlives its daemon until heapd itself removes it."""
     daemon = start_daemon()
-    pid = daemon.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    assert children == ""
+    assert children_of(daemon.process.pid) == [daemon.pid]
+    assert children_of(daemon.pid) == []
     daemon.kill()
     assert len(daemon.segments()) == 1
 
@@ -189,7 +190,7 @@ def test_the_segment_of_a_daemon_that_lives_is_not_taken(daemon: Daemon) -> None
     (daemon.directory / f"{daemon.name}.lock").unlink()
     refused = heapd("serve", "-e", daemon.endpoint)
     assert refused.returncode == 1
-    assert f"in use by the daemon of process {daemon.process.pid}" in refused.stderr
+    assert f"in use by the daemon of process {daemon.pid}" in refused.stderr
 
 
 # -- whose a segment is --------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_a_segment_is_its_living_makers() -> None:
     for start_time, is_alive in ((born, True), (born - 1, False)):
         made = MadeUp(me, start_time)
         try:
-            owner = segment_owner(made.endpoint.segment)
+            owner = inspect_segment(made.endpoint.segment)
             assert owner is not None
             assert (owner.pid, owner.is_alive, owner.is_foreign) == (me, is_alive, False)
         finally:
@@ -222,7 +223,7 @@ def test_a_segment_is_its_living_makers() -> None:
 def test_a_segment_that_was_never_finished_is_removed() -> None:
     """Its maker was killed before it wrote who it is."""
     made = MadeUp(os.getpid(), 1, magic=0)
-    assert claim_segment(made.endpoint) == made.endpoint.segment
+    assert claim_segment(made.endpoint) == (made.endpoint.segment, False)
     assert not made.path.exists()
 
 
@@ -236,7 +237,7 @@ def test_a_name_that_another_user_took_is_left_alone(monkeypatch: pytest.MonkeyP
     try:
         taken[0].write_bytes(b"theirs")
         os.chown(taken[0], 65534, 65534)
-        assert claim_segment(endpoint) == endpoint.unique_segment
+        assert claim_segment(endpoint) == (endpoint.unique_segment, False)
         taken[1].symlink_to("/etc/hostname")
         with pytest.raises(SegmentError, match="another user"):
             claim_segment(endpoint)
@@ -253,7 +254,7 @@ def test_status_says_who_and_how_much(daemon: Daemon) -> None:
     assert answer.returncode == 0
     values = json.loads(answer.stdout)
     assert (values["name"], values["endpoint"]) == (daemon.name, daemon.endpoint)
-    assert (values["pid"], values["incarnation"], values["sessions"]) == (daemon.process.pid, 1, 0)
+    assert (values["pid"], values["incarnation"], values["sessions"]) == (daemon.pid, 1, 0)
     lines = heapd("status", env={**os.environ, "HEAPD_ENDPOINT": daemon.endpoint}).stdout
     assert re.search(r"^reserve +1 GiB$", lines, re.MULTILINE)
 
@@ -278,11 +279,12 @@ def test_a_stale_socket_is_no_daemon(start_daemon: StartDaemon) -> None:
 
 def test_a_daemon_that_does_not_answer_is_lost(daemon: Daemon) -> None:
     """Exit status 4, after the time that was given."""
-    daemon.process.send_signal(signal.SIGSTOP)
+    server = daemon.pid
+    os.kill(server, signal.SIGSTOP)
     try:
         answer = heapd("status", daemon.endpoint, "--timeout", "0.2")
     finally:
-        daemon.process.send_signal(signal.SIGCONT)
+        os.kill(server, signal.SIGCONT)
     assert answer.returncode == 4
     assert "did not answer within 0.2 s" in answer.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from heapd.errors import DaemonRunningError, SegmentError
+from heapd.server.credentials import start_time_of
 from heapd.server.lock import DaemonLock
 from heapd.wire import Endpoint
 
@@ -46,7 +47,7 @@ def test_the_lock_of_a_dead_process_is_free(endpoint: Endpoint) -> None:
     subprocess.run([sys.executable, "-c", program, endpoint.directory], cwd=Path(__file__).parents[2], check=False)
     assert os.path.exists(endpoint.lock_path)
     lock = DaemonLock.acquire(endpoint)
-    assert Path(endpoint.lock_path).read_text() == f"{os.getpid()}\n"
+    assert endpoint.holder() == (os.getpid(), start_time_of(os.getpid()))
     lock.release()
 
 

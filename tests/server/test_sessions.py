@@ -186,7 +186,8 @@ def test_the_hello_of_a_process_that_died_opens_nothing(daemon: Daemon, is_reape
     """
     with Program(daemon.endpoint, body) as client:
         client.hear("connected")
-        daemon.process.send_signal(signal.SIGSTOP)
+        server = daemon.pid
+        os.kill(server, signal.SIGSTOP)
         try:
             client.go_on()
             client.hear()
@@ -194,22 +195,23 @@ def test_the_hello_of_a_process_that_died_opens_nothing(daemon: Daemon, is_reape
             if is_reaped:
                 client.reap()
         finally:
-            daemon.process.send_signal(signal.SIGCONT)
+            os.kill(server, signal.SIGCONT)
         wait_until(lambda: status(daemon.endpoint)["dead_dropped"] == 1)
         assert status(daemon.endpoint)["sessions"] == 0
 
 
 def test_sessions_of_one_process_share_one_pidfd(daemon: Daemon) -> None:
     """However many it opens; it is let go with the last of them."""
+    server = daemon.pid
     with RawSession(daemon.endpoint) as session:
         for _ in range(5):
             session.token = hello(daemon.endpoint)["token"]
-            assert pidfds_of(daemon.process.pid) == 1
+            assert pidfds_of(server) == 1
             session.ask(SessionClose())
-        assert pidfds_of(daemon.process.pid) == 1
+        assert pidfds_of(server) == 1
         session.token = session.greeting["token"]
         session.ask(SessionClose())
-        wait_until(lambda: pidfds_of(daemon.process.pid) == 0)
+        wait_until(lambda: pidfds_of(server) == 0)
 
 
 def test_a_process_that_closed_its_session_can_open_another(daemon: Daemon) -> None:

@@ -1,0 +1,228 @@
+"""Who starts the server again: when it does, when it does not, what it says, and what it leaves."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import heapd_client as hc
+from heapd.layout import H_MAGIC, H_PAGE_COUNT, H_STATE, H_VERSION, LAYOUT_VERSION, MAGIC, RUNNING, STOPPED, WORD
+from heapd.units import PAGE_SHIFT
+from tests.conftest import StartDaemon
+from tests.harness import SEGMENTS, Daemon, children_of, is_alive, wait_until
+from tests.server.raw import status
+
+
+def wait_for_another(daemon: Daemon, pid: int) -> int:
+    """The process id of the server that was started after server `pid`."""
+    return int(wait_until(lambda: (now := daemon.pid) != pid and now, what="another server"))
+
+
+# -- deaths --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT], ids=lambda number: number.name)
+def test_a_server_that_is_killed_is_started_again(start_daemon: StartDaemon, number: signal.Signals) -> None:
+    """By whatever signal; the log names process and signal, and clients are answered at the same endpoint."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    os.kill(pid, number)
+    wait_for_another(daemon, pid)
+    assert re.search(rf"ERROR heapd.supervisor: the server process {pid} was killed by {number.name} ", daemon.log)
+    with hc.connect(daemon.endpoint, autostart=False) as session:
+        assert session.create_heap().alloc(100).size == 100
+
+
+def test_servers_that_die_one_after_another_are_all_replaced(daemon: Daemon) -> None:
+    """A supervisor does not tire, and starts one server at a time."""
+    pids = [daemon.pid]
+    for _ in range(5):
+        os.kill(pids[-1], signal.SIGKILL)
+        pids.append(wait_for_another(daemon, pids[-1]))
+    assert len(set(pids)) == 6
+    assert children_of(daemon.process.pid) == pids[-1:]
+
+
+def test_a_server_that_will_not_live_is_given_up(start_daemon: StartDaemon) -> None:
+    """After as many restarts as it may have: exit status 4, one line that says why, and the arena is left."""
+    daemon = start_daemon("--restarts", "2")
+    pid = daemon.pid
+    for _ in range(2):
+        os.kill(pid, signal.SIGKILL)
+        pid = wait_for_another(daemon, pid)
+    os.kill(pid, signal.SIGKILL)
+    assert daemon.process.wait(10) == 4
+    assert re.search(rf"^heapd: the server of .* died 3 times within 60 s.*process {pid} was killed by SIGKILL",
+                     daemon.log, re.MULTILINE)  # fmt: skip
+    assert len(daemon.segments()) == 1
+    (SEGMENTS / daemon.segments()[0]).unlink()
+    daemon.process.returncode = -signal.SIGKILL  # its end was checked here
+
+
+def test_the_pauses_before_restarts_grow_while_servers_die_young(start_daemon: StartDaemon) -> None:
+    """Not before the first; each is told by the log's times."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    gaps = []
+    for _ in range(4):
+        killed = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        pid = wait_for_another(daemon, pid)
+        gaps.append(time.monotonic() - killed)
+    assert gaps[3] > 0.2  # 50 ms before the second, 100 before the third, 200 before the fourth
+
+
+def test_without_restarts_there_is_no_supervisor(start_daemon: StartDaemon) -> None:
+    """For those who have one of their own: the process that was started is the server."""
+    daemon = start_daemon("--restarts", "0")
+    assert daemon.pid == daemon.process.pid
+    assert children_of(daemon.pid) == []
+
+
+def test_a_client_that_comes_while_there_is_no_server_waits_for_it(start_daemon: StartDaemon) -> None:
+    """connect does not say that nobody is there, and starts no second daemon, while a supervisor lives."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    for _ in range(3):  # the pause before the third restart is longer than a connect takes
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(pid))
+        with hc.connect(daemon.endpoint) as session:
+            assert session.daemon_pid != pid
+            pid = session.daemon_pid
+    assert daemon.pid == pid
+
+
+# -- ends ----------------------------------------------------------------------------------------------------------
+def test_a_stop_between_two_servers_leaves_nothing(start_daemon: StartDaemon) -> None:
+    """There is no server to pass the signal on to: the supervisor tidies up, and clients see that it is over."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    with hc.connect(daemon.endpoint, autostart=False) as session:
+        arena = session.arena
+        for _ in range(5):
+            os.kill(pid, signal.SIGKILL)
+            if len(re.findall("starting another", daemon.log)) < 4:
+                pid = wait_for_another(daemon, pid)
+        wait_until(lambda: len(re.findall("starting another", daemon.log)) == 5)
+        daemon.process.terminate()  # it pauses for 400 ms now
+        assert daemon.process.wait(10) == 0
+        assert daemon.segments() == []
+        assert not list(daemon.directory.glob(f"{daemon.name}.[cwl]o*k*"))
+        del arena
+
+
+def test_a_server_killed_while_it_stops_is_tidied_up_after(start_daemon: StartDaemon) -> None:
+    """Nobody wants another one; nothing of it is left."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    os.kill(pid, signal.SIGSTOP)  # so that it does not stop before it is killed
+    daemon.process.terminate()
+    os.kill(pid, signal.SIGKILL)
+    assert daemon.process.wait(10) == 0
+    assert daemon.segments() == []
+    assert status_files(daemon) == []
+
+
+def test_a_server_whose_supervisor_was_killed_goes_on(start_daemon: StartDaemon) -> None:
+    """Clients notice nothing, nobody takes its place, and its end is clean."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    with hc.connect(daemon.endpoint, autostart=False) as session:
+        heap = session.create_heap()
+        daemon.process.kill()
+        daemon.process.wait()
+        wait_until(lambda: "the supervisor has died" in daemon.log)
+        assert heap.alloc_many(100, 3)
+        second = subprocess.run(
+            [sys.executable, "-m", "heapd", "serve", "-e", daemon.endpoint], capture_output=True, text=True, timeout=20
+        )
+        assert second.returncode == 5
+        assert f"process {pid} serves" in second.stderr
+    hc.stop_daemon(daemon.endpoint)
+    assert not is_alive(pid)
+    assert daemon.segments() == []
+    assert status_files(daemon) == []
+
+
+def status_files(daemon: Daemon) -> list[str]:
+    """Sockets and lock file of a daemon."""
+    return sorted(path.name for path in daemon.directory.glob(f"{daemon.name}.*") if path.suffix != ".log")
+
+
+# -- what an earlier daemon left -----------------------------------------------------------------------------------
+def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
+    """Kill the daemon, and change its segment: its size in bytes, words of its header by name."""
+    daemon.status()
+    daemon.kill()
+    (name,) = daemon.segments()
+    path = SEGMENTS / name
+    slots = {"magic": H_MAGIC, "version": H_VERSION, "page_count": H_PAGE_COUNT, "state": H_STATE}
+    with path.open("r+b") as file:
+        for word, value in words.items():
+            file.seek(slots[word] * WORD)
+            file.write(value.to_bytes(WORD, "little"))
+        if size is not None:
+            file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"size": 0}, "was never finished: it has no header"),
+        ({"size": 40}, "was never finished: it has no header"),
+        ({"magic": 0}, "was never finished: its header does not say so"),
+        ({"size": 1 << 20}, "is damaged: 1048576 bytes long"),
+        ({"page_count": 7}, "is damaged: .* its header says 28672"),
+        ({"state": STOPPED}, "the daemon of process .* was about to remove"),
+    ],
+    ids=["empty", "short", "unfinished", "truncated", "miscounted", "stopped"],
+)
+def test_a_segment_that_is_not_whole_is_replaced(
+    start_daemon: StartDaemon, damage: dict[str, int], said: str
+) -> None:
+    """The log says which and why; the next daemon answers at once, on a new arena."""
+    first = start_daemon(name="left")
+    path = leave(first, **damage)
+    inode = path.stat().st_ino
+    second = start_daemon(name="left")
+    assert re.search(f"removing the shared memory segment {path.name}, which {said}", second.log)
+    assert path.stat().st_ino != inode
+    assert second.status()["incarnation"] == 1
+
+
+def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+    """Another heapd may want it: one line says what it is and the two things to do about it."""
+    first = start_daemon(name="left")
+    path = leave(first, version=LAYOUT_VERSION + 1)
+    refused = serve(first.endpoint)
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        rf"heapd: the arena {path.name}, .* process \d+ left behind, has layout version {LAYOUT_VERSION + 1}, and this "
+        rf"heapd serves {LAYOUT_VERSION}: .*`heapd gc`\n",
+        refused.stderr,
+    )
+    assert path.exists()
+
+
+def test_an_arena_of_another_size_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+    """What was in it would be lost to a mistyped option; without the option it is used as it is."""
+    first = start_daemon(name="left")
+    path = leave(first)
+    refused = serve(first.endpoint, "--reserve", "2GiB")
+    assert refused.returncode == 1
+    assert "is of 1 GiB, and 2 GiB were asked for: start without --reserve" in refused.stderr
+    with path.open("rb") as file:
+        words = memoryview(file.read(128)).cast("Q")
+    assert (words[H_MAGIC], words[H_STATE], words[H_PAGE_COUNT]) == (MAGIC, RUNNING, 1 << 30 - PAGE_SHIFT)
+
+
+def serve(endpoint: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A daemon that will not start."""
+    command = [sys.executable, "-m", "heapd", "serve", "-e", endpoint, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20)
