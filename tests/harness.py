@@ -189,8 +189,13 @@ class Daemon:
             socket.linger = 0
             socket.reconnect_ivl = 10
             socket.connect(f"{self.endpoint}.control")
-            socket.send(codec.encode_request(messages.Status(), 1))
-            wait_until(lambda: socket.poll(50) or not self.is_running, deadline_s, f"{self.endpoint} answers status")
+
+            def is_answered() -> bool:
+                """One that dies over the question is asked again."""
+                socket.send(codec.encode_request(messages.Status(), 1))
+                return bool(socket.poll(500)) or not self.is_running
+
+            wait_until(is_answered, deadline_s, f"{self.endpoint} answers status")
             if not socket.poll(0):
                 raise AssertionError(f"the daemon ended with {self.process.returncode}:\n{self.log}")
             _, code, payload = codec.decode_reply(socket.recv())

@@ -6,6 +6,11 @@ never executed twice. A wait that an exception ends (Ctrl-C, a deadline) leaves 
 answer, should it come, is handed to `on_late`, so that what it granted is not lost, and the next call goes on
 undisturbed.
 
+A daemon that dies is started again on the same arena, and says in the arena's header who it is now. A call that was
+under way repeats its frame to that one, which remembers the answers of the one before; until there is one, the call
+waits. `send` itself waits then, because the socket queues nothing for a daemon that is not there, and goes through the
+moment that one is.
+
 ZeroMQ sockets belong to one thread and none survives a fork: a child must `drop` the connection, untouched.
 """
 
@@ -35,10 +40,12 @@ from heapd.wire import Reply, Request, decode_reply, encode_request
 from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
 from .control import Greeting, is_process_alive, open_socket
+from .mapping import Mapping, Server
 
 __all__ = ["Connection"]
 
 _REPEAT_S: Final = 1.0  # how long an answer may take before the request is sent again
+_HURRY_S: Final = 0.2  # the same, after a restart: what was sent meanwhile may have gone to the daemon that died
 _GRANTING: Final = (HeapAlloc, HeapAllocMany, HeapLease)
 _MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a row forgets the oldest
 
@@ -64,13 +71,14 @@ class _Channel:
     Fields: socket; lock (held during a call, so that `close` never pulls the socket from under one);
     abandoned (request id to request and frame: answers that may still come); last (the last request, its id and
     frame); is_shaken (an interrupt may have lost an answer that had come); inner (the channel for calls made inside
-    one, by finalisers and signal handlers).
+    one, by finalisers and signal handlers); server (who got its frames, as far as it has noticed).
     """
 
-    __slots__ = ("__weakref__", "abandoned", "inner", "is_shaken", "last", "lock", "socket")
+    __slots__ = ("__weakref__", "abandoned", "inner", "is_shaken", "last", "lock", "server", "socket")
 
-    def __init__(self, dealer: zmq.Socket[bytes]) -> None:
+    def __init__(self, dealer: zmq.Socket[bytes], server: Server) -> None:
         self.socket = dealer
+        self.server = server
         self.lock = threading.Lock()
         self.abandoned: dict[int, tuple[Request, bytes]] = {}
         self.is_shaken = False
@@ -84,7 +92,7 @@ class _Channel:
 class Connection:
     """What one session uses to call its daemon; any thread may call.
 
-    Args: greeting (hello's answer), context (owned from now on), is_stopped (the daemon ended on purpose),
+    Args: greeting (hello's answer), context (owned from now on), arena (whose header says who serves it),
           timeout_s (deadline of a call), on_late (gets each request whose answer came after it was given up, and the
           answer).
     """
@@ -93,8 +101,8 @@ class Connection:
         self,
         greeting: Greeting,
         context: zmq.Context[zmq.Socket[bytes]],
+        arena: Mapping,
         *,
-        is_stopped: Callable[[], bool],
         timeout_s: float,
         on_late: Callable[[Request, Any], None],
     ) -> None:
@@ -105,13 +113,13 @@ class Connection:
         self._token = greeting.token
         self._ids = count(1)
         self._on_late = on_late
-        self._is_stopped = is_stopped
+        self._arena = arena
         self._local = threading.local()
         self._channels: WeakSet[_Channel] = WeakSet()
         self._opening = threading.Lock()  # a socket opened beside `close` would keep its context from ending
         _open.add(self)
         # A daemon in another pid namespace cannot be watched; then only deadlines tell.
-        self._can_watch = is_process_alive(greeting.daemon_pid, greeting.daemon_start_time)
+        self._can_watch = is_process_alive(*arena.server[1:])
 
     def call(self, request: Request, wait_s: float = 0.0) -> Any:
         """The daemon's answer to `request`.
@@ -158,7 +166,7 @@ class Connection:
         with self._opening:
             if self.is_closed:
                 raise ClosedError("the session is closed")
-            channel = _Channel(open_socket(self._context, self.greeting.work))
+            channel = _Channel(open_socket(self._context, self.greeting.work), self._arena.server)
             self._channels.add(channel)
         return channel
 
@@ -195,11 +203,12 @@ class Connection:
         """Wait for the answer to a request; send it if that was not possible yet, repeat it while none comes."""
         now = monotonic()
         deadline = now + self.timeout_s + wait_s
-        repeat_at = now + _REPEAT_S + wait_s
+        repeat_s = _REPEAT_S + wait_s
+        repeat_at = now + repeat_s
         while True:
             try:
                 if not is_sent or now >= repeat_at:
-                    is_sent, repeat_at = False, now + _REPEAT_S + wait_s
+                    is_sent, repeat_at, repeat_s = False, now + repeat_s, _REPEAT_S + wait_s
                     _raw_send(channel.socket, frame)
                     is_sent = True
                 reply = decode_reply(_raw_recv(channel.socket))
@@ -207,28 +216,39 @@ class Connection:
                     return reply
                 self._take_late(channel, reply)
             except zmq.Again:
-                self._check_alive(request)
+                self._check_open(request)
+                if self._has_lost_server(channel):
+                    is_sent, repeat_s = False, _HURRY_S
             now = monotonic()
             if now >= deadline:
-                raise DaemonLostError(
-                    f"{request.name}: the daemon, process {self.greeting.daemon_pid}, did not answer within "
-                    f"{self.timeout_s:g} s",
-                    op=request.name,
-                )
+                raise self._lost(request)
 
-    def _check_alive(self, request: Request) -> None:
+    def _check_open(self, request: Request) -> None:
+        """Raises: ClosedError, DaemonStoppedError if waiting is in vain."""
         if self.is_closed:
             raise ClosedError("the session was closed while a call was waiting")
-        if self._is_stopped():
+        if self._arena.is_stopped:
             raise DaemonStoppedError(f"{request.name}: the daemon was stopped", op=request.name)
-        greeting = self.greeting
-        if self._can_watch and not is_process_alive(greeting.daemon_pid, greeting.daemon_start_time):
-            # Once more: a daemon that ends on purpose says so just before its process goes.
-            if self._is_stopped():
-                raise DaemonStoppedError(f"{request.name}: the daemon was stopped", op=request.name)
-            raise DaemonLostError(
-                f"{request.name}: the daemon, process {greeting.daemon_pid}, has died", op=request.name
-            )
+
+    def _has_lost_server(self, channel: _Channel) -> bool:
+        """Whether the daemon that got the channel's last frame has died, as far as is known; told of each but once
+        another one is there."""
+        server = self._arena.server
+        if server != channel.server:
+            channel.server = server
+            return True
+        return not self._is_served()
+
+    def _is_served(self) -> bool:
+        """Whether the process that the arena's header names lives, as far as this one can see."""
+        return not self._can_watch or is_process_alive(*self._arena.server[1:])
+
+    def _lost(self, request: Request) -> DaemonLostError:
+        pid = self._arena.server.pid
+        fault = "did not answer" if self._is_served() else "has died, and was not started again"
+        return DaemonLostError(
+            f"{request.name}: the daemon, process {pid}, {fault} within {self.timeout_s:g} s", op=request.name
+        )
 
     def _abandon(self, channel: _Channel, request_id: int, request: Request, frame: bytes) -> None:
         """Remember a request whose answer may still come, if that would give us something."""

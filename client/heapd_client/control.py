@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from contextlib import ExitStack, suppress
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Final, NamedTuple
 
 import zmq
@@ -30,6 +31,7 @@ __all__ = [
     "SLICE_MS",
     "Greeting",
     "ask",
+    "await_daemon",
     "daemon_status",
     "is_answering",
     "is_process_alive",
@@ -42,6 +44,8 @@ __all__ = [
 SLICE_MS: Final = 200  # how late a wait notices that the daemon is gone, or that its own session was closed
 _RECONNECT_MS: Final = 10  # a restarted daemon is found again in 7 ms (median, measured), 86 ms at libzmq's default
 _MAX_RECONNECT_MS: Final = 200
+_POLL_S: Final = 0.005
+_UCRED: Final = struct.Struct("3i")  # pid, uid, gid
 _ID: Final = 1  # a control socket here asks one thing
 
 
@@ -95,16 +99,38 @@ def is_process_alive(pid: int, start_time: int) -> bool:
     return fields[0] not in (b"Z", b"X") and int(fields[19]) == start_time
 
 
-def is_answering(path: str) -> bool:
-    """Whether somebody accepts connections at the socket `path`.
+def find_listener(path: str) -> int | None:
+    """Who accepts connections at the socket `path`: process id, 0 if that cannot be seen, None if nobody does.
 
     Raises: AccessError if this user may not ask.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         status = probe.connect_ex(path)
+        if status == 0:
+            pid: int = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+            return pid
     if status == errno.EACCES:
         raise AccessError(f"the daemon at {path} belongs to another user")
-    return status in (0, errno.EAGAIN)  # EAGAIN: so many are waiting that the listener's queue is full
+    return 0 if status == errno.EAGAIN else None  # EAGAIN: so many are waiting that the listener's queue is full
+
+
+def is_answering(path: str) -> bool:
+    """Whether somebody accepts connections at the socket `path`. Raises: AccessError if this user may not ask."""
+    return find_listener(path) is not None
+
+
+def await_daemon(endpoint: Endpoint, deadline: float) -> int | None:
+    """Wait until the endpoint's daemon listens, if one is there that just starts, starts again, or ends.
+
+    Args:    deadline (monotonic seconds).
+    Returns: as find_listener; None at once where nobody holds the endpoint's lock.
+    """
+    while (listener := find_listener(endpoint.control_path)) is None:
+        holder = endpoint.holder()
+        if holder is None or not is_process_alive(*holder) or monotonic() >= deadline:
+            return None
+        sleep(_POLL_S)
+    return listener
 
 
 def ask(
@@ -112,26 +138,30 @@ def ask(
 ) -> Any:
     """The answer to one control request.
 
-    Raises: DaemonNotFoundError at once if nobody listens; DaemonLostError if there is no answer within `timeout_s`
-            seconds; else what the daemon answers.
+    It is asked again of the next daemon if one dies over it.
+    Raises: DaemonNotFoundError at once if nobody listens and nobody is about to; DaemonLostError if there is no answer
+            within `timeout_s` seconds; else what the daemon answers.
     """
-    if not is_answering(endpoint.control_path):
+    deadline = monotonic() + timeout_s
+    listener = await_daemon(endpoint, deadline)
+    if listener is None:
         raise not_found(endpoint)
     frame = encode_request(request, _ID)
-    deadline = monotonic() + timeout_s
     own_context = context is None
     context = zmq.Context() if context is None else context
     dealer = open_socket(context, endpoint.control)
+    asked: int | None = None  # who was
     try:
-        is_sent = False
         while monotonic() < deadline:
             try:
-                if not is_sent:
+                if asked != listener:
+                    asked = None
                     dealer.send(frame)
-                    is_sent = True
+                    asked = listener
                 reply = decode_reply(dealer.recv())
             except zmq.Again:
-                if not is_answering(endpoint.control_path):
+                listener = await_daemon(endpoint, deadline)
+                if listener is None:
                     raise DaemonStoppedError(
                         f"the daemon at {endpoint} went before it answered {request.name}"
                     ) from None

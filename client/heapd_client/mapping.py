@@ -14,16 +14,19 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 from heapd.errors import ExecuteError, SegmentError, VersionError
 from heapd.layout import (
     CHUNK_PAGES,
     CHUNK_SHIFT,
     H_HEAP_LIMIT,
+    H_INCARNATION,
     H_INSTANCE,
     H_MAGIC,
     H_PAGE_COUNT,
+    H_PID,
+    H_START_TIME,
     H_STATE,
     H_VERSION,
     LAYOUT_VERSION,
@@ -39,12 +42,21 @@ from heapd.layout import (
 from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_down, align_up
 from heapd.wire import Access
 
-__all__ = ["Mapping"]
+__all__ = ["Mapping", "Server"]
 
 _SHM_DIRECTORY: Final = "/dev/shm"
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Server(NamedTuple):
+    """A process that serves the arena. Fields: incarnation (of the arena, from 1), pid, start_time (clock ticks after
+    boot)."""
+
+    incarnation: int
+    pid: int
+    start_time: int
 
 
 class Mapping:
@@ -103,6 +115,12 @@ class Mapping:
         """The daemon has said in the header that it ended on purpose."""
         state: int = self.words[H_STATE]
         return state == STOPPED
+
+    @property
+    def server(self) -> Server:
+        """Who serves the arena now, or did until it died, as the header has it; a restarted daemon is another one."""
+        words = self.words
+        return Server(words[H_INCARNATION], words[H_PID], words[H_START_TIME])
 
     # -- what is where -----------------------------------------------------------------------------------------------
     def page(self, page: int) -> PageInfo:

@@ -44,7 +44,7 @@ from heapd.wire import messages as ask
 from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
-from .control import Greeting, is_answering, not_found, say_hello
+from .control import Greeting, await_daemon, is_process_alive, not_found, say_hello
 from .handles import Located, checked_handle, locate, locate_at, stale
 from .heap import Heap
 from .heapcore import as_timeout
@@ -55,6 +55,7 @@ __all__ = ["Session", "connect"]
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
+_DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for a session that is closed meanwhile
 _LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
 
@@ -76,7 +77,7 @@ def connect(
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
     for attempt in range(1, _CONNECT_ATTEMPTS + 1):
-        if not is_answering(where.control_path):
+        if await_daemon(where, deadline) is None:
             if not autostart:
                 raise not_found(where)
             start_daemon(where, max(deadline - monotonic(), 0.1))
@@ -132,9 +133,7 @@ class Session:
                 strays.extend((request.heap, grant[1], _LEASED) for grant in result)
 
         # No reference to the session: it would never be collected.
-        return Connection(
-            greeting, context, is_stopped=lambda: arena.is_stopped, timeout_s=self.timeout, on_late=take_late
-        )
+        return Connection(greeting, context, arena, timeout_s=self.timeout, on_late=take_late)
 
     def __repr__(self) -> str:
         return f"<Session {self.endpoint}{' closed' if self._is_closed else ''}>"
@@ -283,8 +282,8 @@ class Session:
 
     @property
     def incarnation(self) -> int:
-        """How often the daemon was started on this arena, when the session was opened."""
-        return self._ready().greeting.incarnation
+        """How often the daemon has been started on this arena, from 1."""
+        return self.arena.server.incarnation
 
     @property
     def pid(self) -> int:
@@ -293,7 +292,8 @@ class Session:
 
     @property
     def daemon_pid(self) -> int:
-        return self._ready().greeting.daemon_pid
+        """Id of the process that serves the arena, or served it until it died: a restart changes it."""
+        return self.arena.server.pid
 
     # -- heaps -------------------------------------------------------------------------------------------------------
     def create_heap(
@@ -444,9 +444,11 @@ class Session:
     def close(self, *, patience_s: float | None = None) -> None:
         """End the session: its anonymous heaps go, and named ones that nobody else has open. Twice is harmless.
 
-        Args: patience_s (seconds that the daemon may take; None: the timeout). No answer is no error: the daemon
-        notices by itself when this process ends.
+        Args: patience_s (seconds that the daemon may take; None: the timeout, or 1 s for one that has died). No answer
+        is no error: the daemon notices by itself when this process ends.
         """
+        if patience_s is None and not is_process_alive(*self.arena.server[1:]):
+            patience_s = min(self.timeout, _DEAD_PATIENCE_S)
         with self._lock:
             if self._is_closed:
                 return

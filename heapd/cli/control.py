@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from time import monotonic, sleep
+from typing import Any, Final
 
 import zmq
 
@@ -13,6 +14,8 @@ from heapd.wire import Endpoint, Request, check_directory, decode_reply, encode_
 
 __all__ = ["ask"]
 
+_POLL_S: Final = 0.01
+
 
 def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
     """The daemon's answer to a control request.
@@ -20,7 +23,7 @@ def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
     Raises: DaemonNotFoundError if nobody listens; DaemonLostError if no answer comes within `timeout_s`; SegmentError
             if somebody else could have put the socket there; whatever error the daemon answers.
     """
-    check_listening(endpoint)
+    check_listening(endpoint, timeout_s)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         with context.socket(zmq.DEALER) as dealer:
@@ -37,16 +40,25 @@ def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
     return reply.payload
 
 
-def check_listening(endpoint: Endpoint) -> None:
-    """Raises: DaemonNotFoundError if nobody listens at the endpoint: zmq itself would wait for somebody to come."""
-    if not os.path.lexists(endpoint.control_path):
+def check_listening(endpoint: Endpoint, timeout_s: float) -> None:
+    """Wait for a daemon that is just starting, or starts again after its server died.
+
+    Raises: DaemonNotFoundError if nobody listens at the endpoint: zmq itself would wait for somebody to come.
+    """
+    if not os.path.lexists(endpoint.directory):
         raise _not_found(endpoint)
     check_directory(endpoint.directory)
+    deadline = monotonic() + timeout_s
+    while not _is_answering(endpoint.control_path):
+        holder = endpoint.holder()
+        if holder is None or not os.path.exists(f"/proc/{holder[0]}") or monotonic() >= deadline:
+            raise _not_found(endpoint)
+        sleep(_POLL_S)
+
+
+def _is_answering(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(endpoint.control_path)
-        except OSError:
-            raise _not_found(endpoint) from None
+        return probe.connect_ex(path) == 0
 
 
 def _not_found(endpoint: Endpoint) -> DaemonNotFoundError:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from heapd.layout import H_MAGIC, H_PAGE_COUNT, H_STATE, H_VERSION, LAYOUT_VERSI
 from heapd.units import PAGE_SHIFT
 from tests.conftest import StartDaemon
 from tests.harness import SEGMENTS, Daemon, children_of, is_alive, wait_until
-from tests.server.raw import status
+
+
+def is_dead(pid: int) -> bool:
+    return not is_alive(pid)
 
 
 def wait_for_another(daemon: Daemon, pid: int) -> int:
@@ -90,7 +94,7 @@ def test_a_client_that_comes_while_there_is_no_server_waits_for_it(start_daemon:
     pid = daemon.pid
     for _ in range(3):  # the pause before the third restart is longer than a connect takes
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not is_alive(pid))
+        wait_until(partial(is_dead, pid))
         with hc.connect(daemon.endpoint) as session:
             assert session.daemon_pid != pid
             pid = session.daemon_pid
@@ -183,9 +187,7 @@ def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
     ],
     ids=["empty", "short", "unfinished", "truncated", "miscounted", "stopped"],
 )
-def test_a_segment_that_is_not_whole_is_replaced(
-    start_daemon: StartDaemon, damage: dict[str, int], said: str
-) -> None:
+def test_a_segment_that_is_not_whole_is_replaced(start_daemon: StartDaemon, damage: dict[str, int], said: str) -> None:
     """The log says which and why; the next daemon answers at once, on a new arena."""
     first = start_daemon(name="left")
     path = leave(first, **damage)
