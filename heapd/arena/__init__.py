@@ -1,7 +1,7 @@
 """The mapping as pages: reserve, commit, decommit, release; which page is what; how much may be committed."""
 
 from heapd.arena.arena import Arena
-from heapd.arena.budget import Budget, Headroom, default_commit_limit
+from heapd.arena.budget import Budget, Headroom, default_commit_limit, measure_headroom
 from heapd.arena.extents import Extents
 from heapd.arena.segment import Segment, remove_segment, segment_exists
 
@@ -12,6 +12,7 @@ __all__ = [
     "Headroom",
     "Segment",
     "default_commit_limit",
+    "measure_headroom",
     "remove_segment",
     "segment_exists",
 ]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import faulthandler
 import grp
-import logging
 import os
 
 import click
 
+from heapd.cli.logs import log_options, set_up_logging
 from heapd.cli.params import ENDPOINT, SIZE, Seconds
 from heapd.errors import InvalidArgumentError
 from heapd.wire import DEFAULT_NAME, Endpoint, runtime_directory
 
 __all__ = ["serve"]
-
-_LEVELS = ("debug", "info", "warning", "error")
 
 
 @click.command()
@@ -37,7 +35,9 @@ _LEVELS = ("debug", "info", "warning", "error")
               help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
 @click.option("--restarts", type=click.IntRange(min=0), default=100, show_default=True,
               help="How often in a minute a server process that dies is started again; 0: no supervisor.")  # fmt: skip
-@click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True)
+@click.option("--metrics", type=click.IntRange(0, 65535), metavar="PORT",
+              help="Prometheus metrics at http://127.0.0.1:PORT/metrics; 0: any free port, see the log.")  # fmt: skip
+@log_options
 @click.option(
     "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line here once clients are answered."
 )
@@ -51,7 +51,9 @@ def serve(
     session_quota: int | None,
     idle_exit: float | None,
     restarts: int,
+    metrics: int | None,
     log_level: str,
+    log_format: str,
     ready_fd: int | None,
 ) -> None:
     """Run a daemon in the foreground until SIGTERM, Ctrl-C or `heapd stop`.
@@ -65,7 +67,7 @@ def serve(
         raise click.UsageError("--endpoint says it all: leave --name and --runtime-dir away")
     if ready_fd is not None:
         _check_open(ready_fd)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(log_level, log_format)
     faulthandler.enable()  # a SIGBUS cannot be handled, only explained
     supervise(
         Config(
@@ -76,6 +78,7 @@ def serve(
             session_quota=session_quota or 0,
             idle_exit_s=idle_exit,
             restarts=restarts,
+            metrics_port=metrics,
             ready_fd=ready_fd,
         )
     )

@@ -354,6 +354,8 @@ class HeapManager:
             "segment": arena.segment.name,
             "sessions": len(self.sessions),
             "heaps": len(self.heaps),
+            "session_limit": self.limits.sessions,
+            "heap_limit": self.limits.heaps,
             "waiters": self._directory.room.count,
             "reserve": arena.shape.size,
             "reserved": arena.reserved,

@@ -23,6 +23,7 @@ import zmq
 from heapd.service import Peer
 
 __all__ = [
+    "SO_PEERPIDFD",
     "ClientProcess",
     "MessageCaller",
     "ProcessTable",
@@ -34,7 +35,7 @@ __all__ = [
 
 log = logging.getLogger("heapd.server")
 
-_SO_PEERPIDFD: Final = 77  # asm-generic/socket.h; CPython has no name for it
+SO_PEERPIDFD: Final = 77  # asm-generic/socket.h; CPython has no name for it
 _SO_PEERGROUPS: Final = 59  # likewise; Linux 4.13
 _MAX_OPTION_BYTES: Final = 1024  # what CPython's getsockopt takes: 256 groups
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
@@ -190,7 +191,7 @@ def _pidfd_of_connection(connection: int, pid: int) -> int | None:
             # libzmq may have closed the connection, and the number may stand for another by now.
             if _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0] != pid:
                 return None
-            return peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+            return peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
     except OSError:
         return None
 

@@ -24,10 +24,12 @@ import zmq
 
 from heapd import __version__
 from heapd.arena import Arena, remove_segment
+from heapd.errors import InvalidArgumentError
 from heapd.layout import H_INCARNATION
 from heapd.manager import HeapManager, Limits
 from heapd.server.config import DEFAULT_RESERVE, Config
 from heapd.server.credentials import start_time_of
+from heapd.server.exporter import Exporter
 from heapd.server.gate import Gate
 from heapd.server.guards import raise_descriptor_limit
 from heapd.server.leftovers import claim_segment, clear_sockets
@@ -82,6 +84,7 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         stack.enter_context(_stop_on_signals(loop, ends[1]))
         for gate in gates:
             gate.open()
+        stack.enter_context(_metrics(config, loop, service))
         _log_start(endpoint, arena)
         if link is None:
             say_ready(config)
@@ -111,6 +114,31 @@ def _make_arena(config: Config) -> Arena:
     return Arena.create(claim.name, reserve=config.reserve or DEFAULT_RESERVE, commit_limit=config.commit_limit)
 
 
+@contextlib.contextmanager
+def _metrics(config: Config, loop: Loop, service: Service) -> Iterator[None]:
+    """While inside, metrics are served if that was asked for.
+
+    A server that was started again does not leave its clients alone because somebody has taken the port meanwhile.
+    """
+    if config.metrics_port is None:
+        yield
+        return
+    try:
+        exporter = Exporter(config.metrics_port)
+    except InvalidArgumentError as error:
+        if not service.status()["restarts"]:
+            raise
+        log.error("%s; going on without", error)
+        yield
+        return
+    loop.watch(exporter.descriptor, lambda: exporter.supply(service.status()))
+    exporter.start()
+    try:
+        yield
+    finally:
+        exporter.close()
+
+
 def _log_start(endpoint: Endpoint, arena: Arena) -> None:
     log.info(
         "process %d serves %s: arena %s of %s, at most %s committed",
@@ -119,6 +147,7 @@ def _log_start(endpoint: Endpoint, arena: Arena) -> None:
         arena.segment.name,
         format_size(arena.shape.size),
         format_size(arena.budget.limit),
+        extra={"endpoint": str(endpoint), "segment": arena.segment.name, "commit_limit": arena.budget.limit},
     )
 
 

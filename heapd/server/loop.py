@@ -80,7 +80,7 @@ class Loop:
         self._is_stopping = False
         for name in _COUNTERS:
             service.counters[name] = 0
-        self._watch(wakeup, lambda: os.read(wakeup, 4096))
+        self.watch(wakeup, lambda: os.read(wakeup, 4096))
         self._watch_gates()
 
     def watch_supervisor(self, pipe: int, orphaned: Callable[[], object]) -> None:
@@ -91,7 +91,7 @@ class Loop:
             log.warning("the supervisor has died; this server goes on, and nobody will start it again")
             orphaned()
 
-        self._watch(pipe, notice)
+        self.watch(pipe, notice)
 
     def stop(self) -> None:
         """End the loop at the end of its turn; may be called from a signal handler."""
@@ -254,7 +254,7 @@ class Loop:
         answer = self._service.handle_control(frame.bytes, caller)
         for process in self._processes.take_fresh():
             if process.sessions:
-                self._watch(process.pidfd, partial(self._end_process, process))
+                self.watch(process.pidfd, partial(self._end_process, process))
             else:
                 self._processes.forget(process)
         if answer is None:
@@ -346,7 +346,8 @@ class Loop:
         self._memory.rebase()
 
     # -- descriptors -------------------------------------------------------------------------------------------------
-    def _watch(self, descriptor: int, handler: Callable[[], object]) -> None:
+    def watch(self, descriptor: int, handler: Callable[[], object]) -> None:
+        """Call `handler` in this thread whenever the descriptor is readable."""
         self._handlers[descriptor] = handler
         self._epoll.register(descriptor, select.EPOLLIN)
 
@@ -361,9 +362,9 @@ class Loop:
         def control() -> None:
             self._control_pending = True
 
-        self._watch(self._work_gate.socket.FD, work)
-        self._watch(self._control_gate.socket.FD, control)
+        self.watch(self._work_gate.socket.FD, work)
+        self.watch(self._control_gate.socket.FD, control)
         for gate in (self._control_gate, self._work_gate):
-            self._watch(gate.monitor.FD, partial(self._count_accepted, gate))
+            self.watch(gate.monitor.FD, partial(self._count_accepted, gate))
             self._count_accepted(gate)  # its descriptor tells nothing before the first look
         self._work_pending = self._control_pending = True

@@ -203,7 +203,7 @@ class Service:
         if type(request) is Status:
             return encode_reply(envelope.request_id, self.status())
         self.is_stopping = True
-        log.info("stop was asked for by process %d", caller.pid)
+        log.info("stop was asked for by process %d", caller.pid, extra={"client": caller.pid})
         return encode_reply(envelope.request_id, None)
 
     def _hello(self, request: Hello, peer: Peer) -> dict[str, Any]:
@@ -221,7 +221,12 @@ class Service:
         peer.sessions[session.token] = session
         self._peers[session.token] = peer
         self._known[session.token] = session, ReplyMemory()
-        log.info("session %d opened by process %d", session.number, peer.pid)
+        log.info(
+            "session %d opened by process %d",
+            session.number,
+            peer.pid,
+            extra={"session": session.number, "client": peer.pid, "uid": peer.uid},
+        )
         who = self._identity
         return {
             "session": session.number,
@@ -251,18 +256,23 @@ class Service:
             "python": who.python,
             "state": "stopping" if self.is_stopping else "running",
             "started_at": who.started_at,
+            "restarts": who.incarnation - 1,
             "uptime_s": round((self._clock() - who.started_ns) / 1e9, 3),
             "reserve": who.arena_size,
             "requests": self.latency.count,
             "rpc_median_us": self.latency.quantile_ns(0.5) / 1000,
+            "rpc_p90_us": self.latency.quantile_ns(0.9) / 1000,
             "rpc_p99_us": self.latency.quantile_ns(0.99) / 1000,
+            "rpc_max_us": self.latency.max_ns / 1000,
             **self._manager.status(),
             **self.counters,
+            "rpc_total_s": self.latency.total_ns / 1e9,
+            "rpc_doublings": self.latency.doublings(),
         }
 
     # -- ends of sessions --------------------------------------------------------------------------------------------
     def _close(self, session: Session, request_id: int, memory: ReplyMemory) -> Answer:
-        log.info("session %d closed", session.number)
+        log.info("session %d closed", session.number, extra={"session": session.number})
         return self._begin_end(
             session, RunningJob(self._manager.end_session(session), "session.close", request_id, memory)
         )
@@ -271,7 +281,12 @@ class Service:
         """End every session of a process that has died. Returns: the jobs that have more to do."""
         jobs = []
         for session in list(peer.sessions.values()):
-            log.info("session %d ends: process %d has died", session.number, peer.pid)
+            log.info(
+                "session %d ends: process %d has died",
+                session.number,
+                peer.pid,
+                extra={"session": session.number, "client": peer.pid},
+            )
             what = f"the end of session {session.number}"
             job = self._begin_end(session, RunningJob(self._manager.end_session(session), what))
             if isinstance(job, RunningJob):

@@ -98,7 +98,7 @@ def test_without_the_kernels_help_the_process_id_counts(
     table: ProcessTable, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before Linux 6.5 a connection gives no pidfd."""
-    monkeypatch.setattr(credentials, "_SO_PEERPIDFD", 9999)
+    monkeypatch.setattr(credentials, "SO_PEERPIDFD", 9999)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = table.admit(child.pid, os.getuid(), ours.fileno())

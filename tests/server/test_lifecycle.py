@@ -256,7 +256,7 @@ def test_status_says_who_and_how_much(daemon: Daemon) -> None:
     assert (values["name"], values["endpoint"]) == (daemon.name, daemon.endpoint)
     assert (values["pid"], values["incarnation"], values["sessions"]) == (daemon.pid, 1, 0)
     lines = heapd("status", env={**os.environ, "HEAPD_ENDPOINT": daemon.endpoint}).stdout
-    assert re.search(r"^reserve +1 GiB$", lines, re.MULTILINE)
+    assert re.search(r"^arena +.* reserved of 1 GiB, ", lines, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", ["status", "stop"])
