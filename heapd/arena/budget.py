@@ -90,9 +90,12 @@ def measure_headroom() -> Headroom:
 
 
 def default_commit_limit() -> int:
-    """Bytes a daemon may commit when not told: what the machine leaves now, less a margin of 1/16."""
+    """Bytes a daemon may commit when not told: what the machine leaves now, less a margin of 1/16.
+
+    Not less than 1 MiB: where there is none, it is the machine that the error has to tell of, and not this limit.
+    """
     size = measure_headroom().size
-    return size - size // 16
+    return max(size - size // 16, MIB)
 
 
 class Budget:

@@ -248,9 +248,11 @@ def test_headroom_is_the_tightest_bound_and_never_negative(
 
 
 def test_the_default_limit_is_what_is_left_less_a_sixteenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon that is not told takes all but a margin."""
-    monkeypatch.setattr(budget, "measure_headroom", lambda: Headroom(1600, "shm"))
-    assert default_commit_limit() == 1500
+    """A daemon that is not told takes all but a margin; where nothing is left, the machine is what refuses."""
+    monkeypatch.setattr(budget, "measure_headroom", lambda: Headroom(1600 * MIB, "shm"))
+    assert default_commit_limit() == 1500 * MIB
+    monkeypatch.setattr(budget, "measure_headroom", lambda: Headroom(0, "shm"))
+    assert default_commit_limit() == MIB
 
 
 def test_this_machine_can_be_measured() -> None:

@@ -5,13 +5,9 @@ Full memory must be an error at alloc, whole and with advice; never a SIGBUS, ne
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from functools import cache
-
 import pytest
 
-UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child"]
+from tests.small_machine import run_with_small_shm
 
 PRELUDE = """
 import os, sys
@@ -45,35 +41,9 @@ def fill_up(heap, size, grants):
 """
 
 
-@cache
-def why_not() -> str:
-    """Why such a namespace cannot be made here, "" if it can."""
-    try:
-        done = subprocess.run(
-            [*UNSHARE, "mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", "/dev/shm"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no unshare here: {error}"
-    return "" if done.returncode == 0 else f"this system allows no mount in a user namespace: {done.stderr.strip()}"
-
-
 def run_full(body: str) -> None:
     """Run a script with an 8 MiB /dev/shm of its own."""
-    if why_not():
-        pytest.skip(why_not())
-    inside = 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$0" -X faulthandler -c "$1"'
-    done = subprocess.run(
-        [*UNSHARE, "sh", "-c", inside, sys.executable, PRELUDE + body],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
+    run_with_small_shm(PRELUDE + body)
 
 
 @pytest.mark.parametrize("sees", ["the budget", "the system"])
