@@ -1,6 +1,8 @@
 """Processes that wait for orders: the same members do one measurement after another, a different number of them each.
 
-Each order names the moment to begin, so that members begin together however long an order takes to arrive.
+A member says when it is ready to begin, and hears the moment, the same for all. What is measured is what all of them
+did between that moment and a fixed time later: where there are more of them than CPUs each begins when it is let, and
+rates over times of their own would add up to more than there ever was at once.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from heapd.errors import HeapdError
 from heapd.workloads import WorkloadError
 from heapd.workloads.team import interrupts_held
 
-__all__ = ["Crew", "Duty", "sleep_until"]
+__all__ = ["Crew", "Duty", "Start", "sleep_until"]
 
-Duty = Callable[[Any, int], Any]  # order, moment to begin (ns, the monotonic clock) -> result
+Start = Callable[[], int]  # says that the member is ready; the moment to begin (ns, the monotonic clock)
+Duty = Callable[[Any, Start], Any]  # order, what to call once before work is measured -> result
 
 _START_DEADLINE_S = 60.0
-_HEAD_START_NS = 20_000_000  # arbitrary: what orders take to arrive
+_HEAD_START_NS = 20_000_000  # arbitrary: what the moment to begin takes to reach all members
 _GRACE_S = 30.0  # for a member that the machine lets wait
 _END_DEADLINE_S = 5.0
 
@@ -34,13 +37,21 @@ def sleep_until(moment_ns: int) -> None:
 
 
 def _member(line: Connection, prepare: Callable[..., Duty], arguments: tuple[Any, ...]) -> None:
+
+    def start() -> int:
+        line.send((True, None))
+        begin: int | None = line.recv()
+        if begin is None:
+            raise EOFError("another member failed")
+        return begin
+
     try:
         duty = prepare(*arguments)
         line.send((True, None))
         while (order := line.recv()) is not None:
-            line.send((True, duty(*order)))
+            line.send((True, duty(order, start)))
     except EOFError:
-        return  # the parent has gone
+        return  # the parent has gone, or has given up
     except Exception as error:
         if not isinstance(error, HeapdError | WorkloadError | OSError):
             traceback.print_exc()
@@ -83,10 +94,15 @@ class Crew:
 
     def run(self, order: object, count: int, seconds: float) -> list[Any]:
         """Have the first `count` members do an order that takes about `seconds`; their results."""
-        begin = time.monotonic_ns() + _HEAD_START_NS
-        for line, _ in self._members[:count]:
-            line.send((order, begin))
+        self._tell(count, order)
+        for index in range(count):
+            self._answer(index, _GRACE_S)
+        self._tell(count, time.monotonic_ns() + _HEAD_START_NS)
         return [self._answer(index, seconds + _GRACE_S) for index in range(count)]
+
+    def _tell(self, count: int, what: object) -> None:
+        for line, _ in self._members[:count]:
+            line.send(what)
 
     def _answer(self, index: int, timeout_s: float) -> Any:
         line, process = self._members[index]

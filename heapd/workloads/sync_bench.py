@@ -19,7 +19,7 @@ from typing import Any
 
 import heapd_client as hc
 from heapd.records import HeapStatistics
-from heapd.workloads.crew import Crew, Duty, sleep_until
+from heapd.workloads.crew import Crew, Duty, Start, sleep_until
 from heapd.workloads.latency import Histogram
 
 __all__ = ["KINDS", "Cell", "Plan", "measure"]
@@ -27,6 +27,8 @@ __all__ = ["KINDS", "Cell", "Plan", "measure"]
 KINDS = {"serialized": "shared, serialized", "unserialized": "shared, unserialized", "own": "a heap each"}
 _SIZE = 64  # bytes a block
 _BATCH = 64  # pairs of which one is timed by itself
+_TAKEN_IN_SECTION = 3  # times a critical section takes the mutex: the lock, alloc, free
+_START_DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,9 @@ class Cell:
 
     @property
     def contended_share(self) -> float:
-        """Of the acquisitions."""
-        return self.contended / self.acquisitions if self.acquisitions else 0.0
+        """Of the acquisitions that may have to wait; what a critical section allocates and frees cannot, inside."""
+        could_wait = self.acquisitions // (1 if self.hold_us is None else _TAKEN_IN_SECTION)
+        return self.contended / could_wait if could_wait else 0.0
 
     @property
     def waited_share(self) -> float:
@@ -87,28 +90,30 @@ class Cell:
 
 # -- one worker ------------------------------------------------------------------------------------------------------
 class Work:
-    """What one worker did. Fields: pairs, elapsed_ns, latencies (of a pair, ns)."""
+    """What one worker did. Fields: pairs (that were done in time), latencies (of a pair, ns)."""
 
     def __init__(self) -> None:
         self.pairs = 0
-        self.elapsed_ns = 0
         self.latencies = Histogram()
 
-    def run(self, heap: hc.Heap, begin: int, seconds: float, hold_us: int | None) -> None:
+    def run(self, heap: hc.Heap, start: Start, seconds: float, hold_us: int | None) -> None:
         """Allocate and free until the time is over."""
-        self._batch(heap) if hold_us is None else self._held(heap, hold_us)  # what caches there are, fill
-        self.pairs, self.latencies = 0, Histogram()
+        self._step(heap, hold_us)  # what caches there are, fill
+        self.latencies = Histogram()
+        begin = start()
+        end = begin + int(seconds * 1e9)
         sleep_until(begin)
-        started = time.monotonic_ns()
-        end = started + int(seconds * 1e9)
-        while time.monotonic_ns() < end:
-            if hold_us is None:
-                self._batch(heap)
-            else:
-                self._held(heap, hold_us)
-        self.elapsed_ns = time.monotonic_ns() - started
+        while True:
+            done = self._step(heap, hold_us)
+            if time.monotonic_ns() >= end:
+                return
+            self.pairs += done
 
-    def _batch(self, heap: hc.Heap) -> None:
+    def _step(self, heap: hc.Heap, hold_us: int | None) -> int:
+        """Returns: pairs."""
+        return self._batch(heap) if hold_us is None else self._held(heap, hold_us)
+
+    def _batch(self, heap: hc.Heap) -> int:
         before = time.perf_counter_ns()
         block = heap.alloc(_SIZE)
         block.free()
@@ -116,9 +121,9 @@ class Work:
         for _ in range(_BATCH - 1):
             block = heap.alloc(_SIZE)
             block.free()
-        self.pairs += _BATCH
+        return _BATCH
 
-    def _held(self, heap: hc.Heap, hold_us: int) -> None:
+    def _held(self, heap: hc.Heap, hold_us: int) -> int:
         """A pair in a critical section that takes at least `hold_us`."""
         before = time.perf_counter_ns()
         with heap.lock():
@@ -127,7 +132,7 @@ class Work:
             while time.perf_counter_ns() < until:
                 pass
         self.latencies.add(time.perf_counter_ns() - before)
-        self.pairs += 1
+        return 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +147,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a member did: pairs, rate (pairs a second), latencies (plain histogram), locks (what its own heaps' mutexes
-    counted), voluntary and involuntary (context switches)."""
+    """What a member did: pairs, latencies (plain histogram), locks (what its own heaps' mutexes counted), voluntary and
+    involuntary (context switches)."""
 
     pairs: int
-    rate: float
     latencies: list[int]
     locks: tuple[int, int, int]
     voluntary: int
@@ -159,26 +163,27 @@ def prepare(endpoint: str, shared: dict[str, str]) -> Duty:
     heaps = {kind: session.open_heap(name) for kind, name in shared.items()}
     own: list[hc.Heap] = []
 
-    def duty(order: Order, begin: int) -> Report:
+    def duty(order: Order, start: Start) -> Report:
         workers = max(order.threads, 1)
         while len(own) < workers:
             own.append(session.create_heap())
         mine = own[:workers] if order.kind == "own" else [heaps[order.kind]] * workers
-        return _report(order, mine, begin)
+        return _report(order, mine, start)
 
     return duty
 
 
-def _report(order: Order, heaps: list[hc.Heap], begin: int) -> Report:
+def _report(order: Order, heaps: list[hc.Heap], start: Start) -> Report:
     is_own = order.kind == "own"
     before = [heap.statistics() for heap in heaps]
     works = [Work() for _ in heaps]
-    switches = resource.getrusage(resource.RUSAGE_SELF)
+    ready = _Ready(len(heaps), start)
     runs = [
-        partial(work.run, heap, begin, order.seconds, order.hold_us) for work, heap in zip(works, heaps, strict=True)
+        partial(work.run, heap, ready.wait, order.seconds, order.hold_us)
+        for work, heap in zip(works, heaps, strict=True)
     ]
     if order.threads:
-        _in_threads(runs)
+        _in_threads(runs, ready)
     else:
         runs[0]()
     switched = resource.getrusage(resource.RUSAGE_SELF)
@@ -188,15 +193,40 @@ def _report(order: Order, heaps: list[hc.Heap], begin: int) -> Report:
         latencies.merge(work.latencies)
     return Report(
         pairs=sum(work.pairs for work in works),
-        rate=sum(work.pairs / work.elapsed_ns * 1e9 for work in works),
         latencies=latencies.to_plain(),
         locks=_locks(zip(before, after, strict=True)) if is_own else (0, 0, 0),
-        voluntary=switched.ru_nvcsw - switches.ru_nvcsw,
-        involuntary=switched.ru_nivcsw - switches.ru_nivcsw,
+        voluntary=switched.ru_nvcsw - ready.usage.ru_nvcsw,
+        involuntary=switched.ru_nivcsw - ready.usage.ru_nivcsw,
     )
 
 
-def _in_threads(runs: Sequence[Callable[[], None]]) -> None:
+class _Ready:
+    """Where the workers of a process wait until all are ready, of this process and then of all others.
+
+    Fields: usage (of the process, when its own were ready).
+    """
+
+    def __init__(self, workers: int, start: Start) -> None:
+        self._barrier = threading.Barrier(workers, self._all_ready, _START_DEADLINE_S)
+        self._start = start
+        self._begin = 0
+        self.usage = resource.getrusage(resource.RUSAGE_SELF)
+
+    def _all_ready(self) -> None:
+        self._begin = self._start()
+        self.usage = resource.getrusage(resource.RUSAGE_SELF)
+
+    def wait(self) -> int:
+        """The moment to begin. Raises: BrokenBarrierError if another worker failed."""
+        self._barrier.wait()
+        return self._begin
+
+    def give_up(self) -> None:
+        """Have nobody wait for a worker that failed."""
+        self._barrier.abort()
+
+
+def _in_threads(runs: Sequence[Callable[[], None]], ready: _Ready) -> None:
     errors: list[BaseException] = []
 
     def guarded(run: Callable[[], None]) -> None:
@@ -204,6 +234,7 @@ def _in_threads(runs: Sequence[Callable[[], None]]) -> None:
             run()
         except BaseException as error:
             errors.append(error)
+            ready.give_up()
 
     threads = [threading.Thread(target=guarded, args=(run,)) for run in runs]
     for thread in threads:
@@ -284,6 +315,7 @@ def _cell(
     latencies = Histogram()
     for report in reports:
         latencies.merge(Histogram.from_plain(report.latencies))
+    pairs = sum(report.pairs for report in reports)
     percentiles: dict[str, float] = {f"p{percent}": latencies.percentile(percent) / 1e3 for percent in (50, 90, 99)}
     return Cell(
         kind=kind,
@@ -291,8 +323,8 @@ def _cell(
         workers=count,
         hold_us=hold_us,
         seconds=plan.seconds,
-        pairs=sum(report.pairs for report in reports),
-        pairs_per_second=sum(report.rate for report in reports),
+        pairs=pairs,
+        pairs_per_second=pairs / plan.seconds,
         latency_us=percentiles | {"max": latencies.maximum / 1e3},
         acquisitions=locks[0],
         contended=locks[1],

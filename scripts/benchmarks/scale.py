@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import heapd_client as hc
-from heapd.workloads.crew import Crew, Duty, sleep_until
+from heapd.workloads.crew import Crew, Duty, Start, sleep_until
 from scripts.benchmarks import _contenders as peers
 from scripts.benchmarks._harness import Benchmark, daemon
 from scripts.benchmarks._turns import Loop
@@ -35,18 +35,18 @@ def _prepare(endpoint: str, shared: str) -> Duty:
         "malloc": peers.malloc_free,
     }
 
-    def duty(order: Any, begin: int) -> tuple[int, int]:
-        """Pairs done, and the nanoseconds they took."""
+    def duty(order: Any, start: Start) -> int:
+        """Pairs done in the time from the common beginning."""
         kind, seconds = order
         loop, done, clock = loops[kind], 0, time.monotonic_ns
         loop(_BATCH)
+        begin = start()
+        end = begin + int(seconds * 1e9)
         sleep_until(begin)
-        started = clock()
-        end = started + int(seconds * 1e9)
         while clock() < end:
             loop(_BATCH)
             done += _BATCH
-        return done, clock() - started
+        return done
 
     return duty
 
@@ -57,8 +57,7 @@ def _measure(crew: Crew, counts: list[int], rounds: int, seconds: float) -> dict
     for _ in range(rounds):
         for count in counts:
             for kind in _KINDS:
-                results = crew.run((kind, seconds), count, seconds)
-                rates[kind][count].append(sum(done / elapsed * 1e9 for done, elapsed in results))
+                rates[kind][count].append(sum(crew.run((kind, seconds), count, seconds)) / seconds)
     return rates
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heapd.workloads.crew import Crew, Duty
+from heapd.workloads.crew import Crew, Duty, Start, sleep_until
 from heapd.workloads.team import WorkloadError
 
 
 def member(answer: str) -> Duty:
-    """A member that answers, fails or dies, as told."""
+    """A member that answers, fails or dies, as told, before or after it said that it was ready."""
 
-    def duty(order: Any, begin: int) -> str:
+    def duty(order: Any, start: Start) -> str:
         if order == "fail":
             raise WorkloadError("it was told to")
+        start()
         if order == "die":
             raise SystemExit(3)
         return f"{answer} {order}"
@@ -28,6 +32,49 @@ def test_a_crew_does_one_order_after_another() -> None:
     with Crew(2, member, "yes") as crew:
         assert crew.run("one", 1, 0.0) == ["yes one"]
         assert crew.run("two", 2, 0.0) == ["yes two", "yes two"]
+
+
+def first_fails() -> Duty:
+    """A member that fails if it is the first to make the file that the order names."""
+
+    def duty(order: Any, start: Start) -> None:
+        try:
+            os.close(os.open(order, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            start()
+        else:
+            raise WorkloadError("it was the first")
+
+    return duty
+
+
+def test_members_that_wait_for_one_that_failed_end_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The error names the member; the others are let go without a word."""
+    with pytest.raises(WorkloadError, match="it was the first"), Crew(3, first_fails) as crew:
+        crew.run(str(tmp_path / "first"), 3, 0.0)
+    assert capfd.readouterr().err == ""
+
+
+def slow_starter() -> Duty:
+    """A member whose preparation takes as long as the order says; it tells when it was ready, and when it began."""
+
+    def duty(order: Any, start: Start) -> tuple[int, int, int]:
+        time.sleep(order * (os.getpid() % 7))
+        ready = time.monotonic_ns()
+        begin = start()
+        sleep_until(begin)
+        return ready, begin, time.monotonic_ns()
+
+    return duty
+
+
+def test_members_begin_at_one_moment_when_all_are_ready() -> None:
+    """However long some take to prepare: no member's time is over before another's begins."""
+    with Crew(3, slow_starter) as crew:
+        results = crew.run(0.03, 3, 0.0)
+    assert len({begin for _, begin, _ in results}) == 1
+    assert max(ready for ready, _, _ in results) < results[0][1]
+    assert all(begin <= began for _, begin, began in results)
 
 
 @pytest.mark.parametrize(("order", "complaint"), [("fail", "it was told to"), ("die", "died")])
