@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from operator import attrgetter
 from sys import getrefcount
+from threading import active_count
 from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import BlockTooLargeError, DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
@@ -44,7 +45,7 @@ _CACHE_SHIFT: Final = 2  # ... or 1/4 of what was in use at once
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
 _TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
-_PATIENCE: Final = 4  # slow calls before a bin gets a spare block
+_PATIENCE: Final = 4  # slow calls before a bin gets a spare block, or another one
 _LEASE_PART: Final = 8  # one lease may take this part of what may still be leased
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
@@ -60,8 +61,8 @@ class Bin:
     """Cached blocks of one extent.
 
     Fields: key, extent (bytes), form (of its state words), stack (cached blocks, freed last on top), limit (blocks at
-    which free asks; of large runs always), batch (of the last lease), leased (blocks, so far), emptied (times, so
-    far); block_type, set_limit and take_count (see hotpath).
+    which free asks; of large runs always), batch (of the last lease), leased (blocks, so far), emptied (times
+    since the last spare), spares (blocks); block_type, set_limit and take_count (see hotpath).
     """
 
     __slots__ = (
@@ -74,6 +75,7 @@ class Bin:
         "leased",
         "limit",
         "set_limit",
+        "spares",
         "stack",
         "take_count",
     )
@@ -93,6 +95,7 @@ class Bin:
         self.batch = 0
         self.leased = 0
         self.emptied = 0
+        self.spares = 0
 
     @property
     def is_large(self) -> bool:
@@ -257,9 +260,11 @@ class FrontEnd:
 
     def _add_spare(self, bin_: Bin, size: int) -> None:
         """Lease one block more, once a bin was emptied by `_PATIENCE` calls: one that is allocated and freed in turn is
-        always in the way of itself, and the hot path needs two."""
+        always in the way of itself, and the hot path needs two; threads that do so need one more each."""
         bin_.emptied += 1
-        if bin_.emptied == _PATIENCE:
+        if bin_.emptied >= _PATIENCE and bin_.spares < active_count():
+            bin_.emptied = 0
+            bin_.spares += 1
             with suppress(HeapFullError):
                 bin_.stack.append(self._grant(bin_, self._ask(size, 1)[0]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from itertools import islice
 
@@ -74,26 +75,62 @@ def test_in_steady_state_one_allocation_in_thirty_asks(session: hc.Session, seri
     check_empty(heap)
 
 
-@pytest.mark.parametrize("serialize", [True, False])
-def test_one_block_in_turn_settles_on_the_hot_path(
-    session: hc.Session, monkeypatch: pytest.MonkeyPatch, serialize: bool
-) -> None:
-    """`block = alloc(64); block.free()` over and over: the block just freed is in the way, a spare one is not."""
-    slow = 0
+@pytest.fixture
+def slow_calls(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one with each alloc that does not take the hot path."""
+    calls: list[object] = []
     alloc_slow = hc.Heap.alloc_slow
 
     def counting(self: hc.Heap, *arguments: object) -> hc.Block:
-        nonlocal slow
-        slow += 1
+        calls.append(arguments)
         return alloc_slow(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hc.Heap, "alloc_slow", counting)
-    heap = session.create_heap(serialize=serialize)
+    return calls
+
+
+def alloc_and_free_in_turn(heap: hc.Heap) -> None:
+    """A hundred times, with one variable."""
     for _ in range(100):
         block = heap.alloc(64)
         block.free()
-    assert slow < 10
+
+
+@pytest.mark.parametrize("serialize", [True, False])
+def test_one_block_in_turn_settles_on_the_hot_path(
+    session: hc.Session, slow_calls: list[object], serialize: bool
+) -> None:
+    """`block = alloc(64); block.free()` over and over: the block just freed is in the way, a spare one is not."""
+    heap = session.create_heap(serialize=serialize)
+    alloc_and_free_in_turn(heap)
+    assert len(slow_calls) < 10
     assert len(blocks_of(heap, EntryKind.CACHED)) == 2
+
+
+@pytest.mark.parametrize("serialize", [True, False])
+def test_threads_that_hold_a_block_each_leave_the_others_the_hot_path(
+    session: hc.Session, slow_calls: list[object], serialize: bool
+) -> None:
+    """A thread that is interrupted between alloc and free has a block out of the bin: each thread has its spare one."""
+    heap = session.create_heap(serialize=serialize)
+    alloc_and_free_in_turn(heap)
+    holding, go = threading.Barrier(4), threading.Event()
+
+    def hold() -> None:
+        with heap.alloc(64):
+            holding.wait(30)
+            go.wait(30)
+
+    threads = [threading.Thread(target=hold) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    holding.wait(30)
+    before = len(slow_calls)
+    alloc_and_free_in_turn(heap)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(slow_calls) - before < 15
 
 
 def test_whole_pages_begin_on_a_page_whatever_is_cached(free_heap: hc.Heap) -> None:
