@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
-from heapd.units import GIB, PAGE_SHIFT, PAGE_SIZE, align_up
+from heapd.units import GIB, MIB, PAGE_SHIFT, PAGE_SIZE, align_up
 
 __all__ = [
     "ArenaShape",
@@ -54,6 +54,7 @@ __all__ = [
 LAYOUT_VERSION: Final = 1
 MAGIC: Final = int.from_bytes(b"heapd\x00\x00\x01", "little")
 WORD: Final = 8  # bytes in a slot
+MIN_RESERVE: Final = 16 * MIB  # bytes of an arena; arbitrary: the tables take 6 MiB, mostly not committed
 
 # -- header, page 0: slot numbers ------------------------------------------------------------------------------------
 H_MAGIC: Final = 0

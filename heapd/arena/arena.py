@@ -38,6 +38,7 @@ from heapd.layout import (
     KIND_SPARE,
     LAYOUT_VERSION,
     MAGIC,
+    MIN_RESERVE,
     PAGE_COMMITTED,
     PAGE_FREE,
     PAGE_RESERVED,
@@ -53,7 +54,6 @@ from heapd.units import GRANULE_PAGES, GRANULE_SIZE, MIB, PAGE_SHIFT, PAGE_SIZE,
 __all__ = ["Arena"]
 
 SLICE_PAGES = 16 * MIB // PAGE_SIZE  # commit or decommit this much at a time: 4 to 10 ms, the loop's longest stall
-_MIN_RESERVE = 16 * MIB
 _STATE_BYTES = (b"\0", b"\1", b"\2")
 
 
@@ -90,8 +90,10 @@ class Arena:
         Raises:  InvalidArgumentError for a reserve that is too small; SegmentError if the segment cannot be made;
                  HeapFullError if not even the tables fit. Nothing is left behind.
         """
-        if reserve < _MIN_RESERVE:
-            raise InvalidArgumentError(f"a reserve of {format_size(reserve)} is too small; give at least 16 MiB")
+        if reserve < MIN_RESERVE:
+            raise InvalidArgumentError(
+                f"a reserve of {format_size(reserve)} is too small; give at least {format_size(MIN_RESERVE)}"
+            )
         shape = ArenaShape(align_up(reserve, GRANULE_SIZE) >> PAGE_SHIFT)
         segment = Segment.create(name, shape.size)
         try:

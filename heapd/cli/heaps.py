@@ -11,7 +11,17 @@ from rich.text import Text
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option, json_option
-from heapd.cli.tables import console, flag_names, heap_title, make_table, opened_info, print_json, size_text
+from heapd.cli.tables import (
+    console,
+    flag_legend,
+    flag_letters,
+    flag_names,
+    heap_title,
+    make_table,
+    opened_info,
+    print_json,
+    size_text,
+)
 from heapd.errors import HeapDestroyedError, NoSuchHeapError
 from heapd.records import HeapInfo, HeapStatistics
 from heapd.units import format_size
@@ -27,7 +37,7 @@ __all__ = ["heaps"]
 def heaps(pid: int | None, as_json: bool, endpoint: Endpoint) -> None:
     """List the heaps and what they hold.
 
-    open: in how many sessions. orphaned: blocks whose session has ended.
+    open: in how many sessions. fixed: it does not grow beyond that. orphaned: blocks whose session has ended.
     """
     with hc.connect(str(endpoint), autostart=False) as session:
         found = list(_with_statistics(session, session.heaps(pid)))
@@ -55,12 +65,15 @@ def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:
         table.add_row(
             Text(heap_title(info)),
             str(info.heap_id),
-            ", ".join(flag_names(info)) or "-",
+            flag_letters(info),
             str(info.sessions),
-            format_size(statistics.reserved) + (f" of {format_size(info.maximum)}" if info.maximum else ""),
+            format_size(statistics.reserved) + (" fixed" if info.maximum else ""),
             size_text(statistics.committed),
             size_text(statistics.busy),
             f"{statistics.busy_blocks:,}"
             + (f" ({statistics.orphaned_blocks:,} orphaned)" if statistics.orphaned_blocks else ""),
         )
     console().print(table)
+    legend = flag_legend(info for info, _ in found)
+    if legend:
+        console().print(f"options: {legend}")

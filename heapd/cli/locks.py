@@ -28,9 +28,11 @@ __all__ = ["locks"]
 
 @dataclass(frozen=True, slots=True)
 class _Lock:
-    """A heap's lock: holder (None: free) and counters as in layout.C_ACQUIRED."""
+    """A heap's lock: heap (its name, None for an anonymous one), title (as the table calls it), holder (None: free) and
+    counters as in layout.C_ACQUIRED."""
 
-    heap: str
+    heap: str | None
+    title: str
     heap_id: int
     serialized: bool
     holder: Holder | None
@@ -42,6 +44,12 @@ class _Lock:
     @property
     def contended_share(self) -> float:
         return self.contended / self.acquisitions if self.acquisitions else 0.0
+
+    def plain(self) -> dict[str, object]:
+        """For JSON."""
+        plain = asdict(self) | {"contended_share": self.contended_share}
+        del plain["title"]
+        return plain
 
 
 @click.command("locks")
@@ -55,7 +63,7 @@ def locks(as_json: bool, endpoint: Endpoint) -> None:
     with hc.connect(str(endpoint), autostart=False) as session:
         locks = [lock for info in session.heaps() if (lock := _read(session, info)) is not None]
     if as_json:
-        print_json([asdict(lock) | {"contended_share": lock.contended_share} for lock in locks])
+        print_json([lock.plain() for lock in locks])
     elif locks:
         _print(locks)
     else:
@@ -71,7 +79,7 @@ def _read(session: hc.Session, info: HeapInfo) -> _Lock | None:
     counters = [words[slot + word] for word in (C_ACQUIRED, C_CONTENDED, C_WAITED_NS, C_RECOVERED)]
     if words[slot + C_HEAP_ID] != info.heap_id:
         return None
-    return _Lock(heap_title(info), info.heap_id, bool(info.flags & F_SERIALIZE), holder, *counters)
+    return _Lock(info.name, heap_title(info), info.heap_id, bool(info.flags & F_SERIALIZE), holder, *counters)
 
 
 def _holder_text(holder: Holder | None) -> str:
@@ -84,7 +92,7 @@ def _print(locks: list[_Lock]) -> None:
     table = make_table("heap", "serial", "held by", "taken", "contended", "waited", "recovered", left=3)
     for lock in locks:
         table.add_row(
-            Text(lock.heap),
+            Text(lock.title),
             "yes" if lock.serialized else "no",
             Text(_holder_text(lock.holder)),
             f"{lock.acquisitions:,}",

@@ -12,7 +12,7 @@ from heapd.errors import InvalidArgumentError
 from heapd.units import format_size, parse_size
 from heapd.wire import Endpoint
 
-__all__ = ["ENDPOINT", "SIZE", "EndpointType", "Seconds", "SizeType", "endpoint_option", "json_option"]
+__all__ = ["ENDPOINT", "SIZE", "EndpointType", "Seconds", "SizeType", "endpoint_option", "json_option", "one_endpoint"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -88,6 +88,17 @@ def endpoint_option(command: Command) -> Command:
         help="Which daemon: its name, or ipc://DIRECTORY/NAME.",
     )
     return option(command)
+
+
+def one_endpoint(argument: Endpoint | None, option: Endpoint) -> Endpoint:
+    """The daemon that a command is about which takes it as an argument, too; the argument goes before $HEAPD_ENDPOINT.
+
+    Raises: click.UsageError if the command line names two.
+    """
+    source = click.get_current_context().get_parameter_source("endpoint")
+    if argument is not None and source is click.core.ParameterSource.COMMANDLINE and argument != option:
+        raise click.UsageError(f"two daemons are named, {argument} and {option}; leave one away")
+    return argument or option
 
 
 def json_option(command: Command) -> Command:

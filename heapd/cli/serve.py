@@ -9,8 +9,9 @@ import os
 import click
 
 from heapd.cli.logs import log_options, set_up_logging
-from heapd.cli.params import ENDPOINT, SIZE, Seconds
+from heapd.cli.params import ENDPOINT, SIZE, Seconds, SizeType
 from heapd.errors import InvalidArgumentError
+from heapd.layout import MIN_RESERVE
 from heapd.wire import DEFAULT_NAME, Endpoint, runtime_directory
 
 __all__ = ["serve"]
@@ -23,7 +24,9 @@ __all__ = ["serve"]
 @click.option("--group", callback=lambda ctx, param, value: _gid(value),
               help="Serve this group's members too (name or number).  [default: its user alone]")  # fmt: skip
 @click.option(
-    "--reserve", type=SIZE, help="Address space of the arena; sparse.  [default: 64GiB, or what a killed daemon had]"
+    "--reserve",
+    type=SizeType(MIN_RESERVE),
+    help="Address space of the arena; sparse.  [default: 64GiB, or what a killed daemon had]",
 )
 @click.option(
     "--commit-limit", type=SIZE, help="Memory it may commit.  [default: what the machine leaves, less a margin]"

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from heapd.cli.control import ask
-from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, json_option
+from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, json_option, one_endpoint
 from heapd.units import format_size
 from heapd.wire import Endpoint
 from heapd.wire.messages import Status
@@ -34,7 +34,7 @@ def status(target: Endpoint | None, endpoint: Endpoint, as_json: bool, timeout: 
 
     --json has every figure; heapd/wire/PROTOCOL.md explains each.
     """
-    values: dict[str, Any] = ask(target or endpoint, Status(), timeout)
+    values: dict[str, Any] = ask(one_endpoint(target, endpoint), Status(), timeout)
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return

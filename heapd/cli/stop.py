@@ -10,7 +10,7 @@ from time import monotonic
 import click
 
 from heapd.cli.control import ask
-from heapd.cli.params import ENDPOINT, Seconds, endpoint_option
+from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, one_endpoint
 from heapd.errors import DaemonLostError
 from heapd.wire import Endpoint
 from heapd.wire.messages import Status, Stop
@@ -24,7 +24,7 @@ __all__ = ["stop"]
 @click.option("--timeout", type=Seconds(min=0), default=10.0, show_default=True, help="Seconds to wait.")
 def stop(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None:
     """Stop a daemon and wait until it has ended; its heaps are gone then."""
-    endpoint = target or endpoint
+    endpoint = one_endpoint(target, endpoint)
     pid = int(ask(endpoint, Status(), timeout)["pid"])
     holder = endpoint.holder()  # the supervisor, if it has one
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,15 @@ from rich.text import Text
 
 import heapd_client as hc
 from heapd.errors import HeapdError, NoSuchHeapError
-from heapd.layout import F_EXECUTABLE, F_FREE_ORPHANS, F_GENERATE_EXCEPTIONS, F_PERSISTENT, F_SERIALIZE
+from heapd.layout import (
+    F_EXECUTABLE,
+    F_FREE_CHECK,
+    F_FREE_ORPHANS,
+    F_GENERATE_EXCEPTIONS,
+    F_PERSISTENT,
+    F_SERIALIZE,
+    F_TAIL_CHECK,
+)
 from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics
 from heapd.units import format_size
 from heapd.wire.messages import HeapWalk
@@ -23,6 +31,8 @@ from heapd.wire.messages import HeapWalk
 __all__ = [
     "console",
     "find_heap",
+    "flag_legend",
+    "flag_letters",
     "flag_names",
     "heap_title",
     "make_table",
@@ -34,12 +44,14 @@ __all__ = [
     "walk_unlocked",
 ]
 
-_FLAGS = {
-    F_SERIALIZE: "serialized",
-    F_PERSISTENT: "persistent",
-    F_EXECUTABLE: "executable",
-    F_GENERATE_EXCEPTIONS: "exceptions",
-    F_FREE_ORPHANS: "frees orphans",
+_FLAGS = {  # letter, word
+    F_SERIALIZE: ("s", "serialized"),
+    F_PERSISTENT: ("p", "persistent"),
+    F_EXECUTABLE: ("x", "executable"),
+    F_GENERATE_EXCEPTIONS: ("e", "exceptions"),
+    F_FREE_ORPHANS: ("o", "frees orphans"),
+    F_TAIL_CHECK: ("t", "checks tails"),
+    F_FREE_CHECK: ("f", "checks free blocks"),
 }
 
 _WALK_PAGE = 1024  # entries asked for at a time
@@ -74,7 +86,20 @@ def size_text(size: int) -> str:
 
 def flag_names(info: HeapInfo) -> list[str]:
     """What a heap's flags say, as words."""
-    return [name for flag, name in _FLAGS.items() if info.flags & flag]
+    return [word for flag, (_, word) in _FLAGS.items() if info.flags & flag]
+
+
+def flag_letters(info: HeapInfo) -> str:
+    """The same as one letter each, which `flag_legend` explains."""
+    return "".join(letter for flag, (letter, _) in _FLAGS.items() if info.flags & flag) or "-"
+
+
+def flag_legend(infos: Iterable[HeapInfo]) -> str:
+    """What the letters mean that these heaps have."""
+    flags = 0
+    for info in infos:
+        flags |= info.flags
+    return ", ".join(f"{letter} {word}" for flag, (letter, word) in _FLAGS.items() if flags & flag)
 
 
 def heap_title(info: HeapInfo) -> str:

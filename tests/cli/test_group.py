@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -182,6 +183,28 @@ def test_an_endpoint_comes_from_the_option_or_the_environment(
     answer = CliRunner().invoke(command, arguments, env=environ)
     assert answer.exit_code == 0, answer.output
     assert str(seen[0]) == endpoint
+
+
+@pytest.mark.parametrize("command", ["status", "stop"])
+def test_two_daemons_on_one_command_line_are_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, command: str
+) -> None:
+    """As an argument and as an option, unless they are the same one; the argument goes before the environment."""
+    answer = run(command, "a", "-e", "b")
+    assert answer.exit_code == 2
+    assert f"two daemons are named, ipc://{runtime_dir}/a and ipc://{runtime_dir}/b" in answer.output
+    assert run(command, "a", "-e", f"ipc://{runtime_dir}/a").exit_code == 3
+    monkeypatch.setenv("HEAPD_ENDPOINT", "b")
+    assert f"{runtime_dir}/a" in run(command, "a").output
+
+
+@pytest.mark.parametrize("reserve", ["0", "1", "15MiB", "-1", "x"])
+def test_a_reserve_that_is_too_small_is_a_usage_error(runtime_dir: Path, reserve: str) -> None:
+    """Before anything is made."""
+    answer = run("serve", "--reserve", reserve)
+    assert answer.exit_code == 2
+    assert "--reserve" in answer.output
+    assert list(runtime_dir.iterdir()) == []
 
 
 def test_an_endpoint_that_is_none_is_a_usage_error() -> None:

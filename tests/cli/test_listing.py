@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from rich.console import Console
 
 import heapd_client as hc
 from tests.cli.conftest import Heapd
@@ -165,3 +166,30 @@ def test_looking_imports_neither_numpy_nor_the_server() -> None:
     code = "import sys, heapd.cli.heaps, heapd.cli.walk; print({'numpy', 'heapd.server'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_table_of_heaps_fits_80_columns(
+    heapd: Heapd, daemon: Daemon, session: hc.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heap with every option takes one line; the letters of its options are explained below."""
+    session.create_heap(
+        "frames", maximum=1 << 28, persistent=True, executable=True, generate_exceptions=True, orphans="free"
+    ).alloc(1_000_000)  # fmt: skip
+    session.create_heap(serialize=False)
+    monkeypatch.setattr("heapd.cli.heaps.console", lambda: Console(highlight=False, width=80))
+    lines = heapd("heaps", "-e", daemon.endpoint).out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.split()[1:2] and line.split()[1].isdigit()]
+    assert [(row[0], row[2], row[4:7]) for row in rows[:1]] == [("frames", "spxeo", ["256", "MiB", "fixed"])]
+    assert "p persistent" in lines[-1]
+    session.open_heap("frames").destroy()
+
+
+def test_heaps_without_a_name_have_none_in_json(heapd: Heapd, daemon: Daemon, session: hc.Session) -> None:
+    """Scripts get null, the table something to read."""
+    session.create_heap()
+    assert session.default_heap.id
+    for command in ("heaps", "locks"):
+        found = heapd(command, "--json", "-e", daemon.endpoint).json
+        assert [heap.get("name", heap.get("heap")) for heap in found] == [None, None]
+    assert "(no name)" in heapd("locks", "-e", daemon.endpoint).out

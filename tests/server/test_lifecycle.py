@@ -168,7 +168,7 @@ def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:
         (["--name", "x" * 65], 2, "letters, digits"),
         (["--runtime-dir", "/tmp/" + "d" * 100], 2, "choose a shorter"),
         (["--reserve", "12x"], 2, "is no size"),
-        (["--reserve", "1MiB"], 1, "too small"),
+        (["--reserve", "1MiB"], 2, "1 MiB is less than 16 MiB"),
         (["-e", "demo", "--name", "demo"], 2, "--endpoint says it all"),
         (["--ready-fd", "99"], 2, "not open"),
         (["--idle-exit", "-1"], 2, "--idle-exit"),
