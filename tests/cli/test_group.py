@@ -185,7 +185,7 @@ def test_an_endpoint_comes_from_the_option_or_the_environment(
     assert str(seen[0]) == endpoint
 
 
-@pytest.mark.parametrize("command", ["status", "stop"])
+@pytest.mark.parametrize("command", ["status", "stop", "metrics"])
 def test_two_daemons_on_one_command_line_are_a_usage_error(
     monkeypatch: pytest.MonkeyPatch, runtime_dir: Path, command: str
 ) -> None:
