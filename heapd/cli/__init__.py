@@ -35,6 +35,7 @@ COMMANDS: Final = {
     "doctor": ("heapd.cli.doctor:doctor", "Is this machine fit for a daemon? What to do where it is not."),
     "demo": ("heapd.cli.demo:demo", "Index a folder with several processes over one shared heap."),
     "stress": ("heapd.cli.stress:stress", "Many clients, random operations, everything checked."),
+    "chaos": ("heapd.cli.chaos:chaos", "The stress while clients and the server are killed."),
     "bench": ("heapd.cli.bench:bench", "Measure: what serialization costs, and more."),
 }
 

@@ -19,7 +19,7 @@ from heapd.workloads import stress as work
 from heapd.workloads.private import private_daemon, terminations_raise
 from heapd.workloads.stress_client import Plan
 
-__all__ = ["stress"]
+__all__ = ["faults_of", "stress"]
 
 _SHOWN_FAULTS = 20
 _PHASES = {"start": "clients up", "run": "running", "finish": "clients done"}
@@ -89,7 +89,7 @@ def _show(screen: Console, outcome: work.StressOutcome) -> None:
         f"{outcome.operations:,} operations in {outcome.seconds:.1f} s by {plan.clients} clients, seed {plan.seed}: "
         f"{rate:,.0f} a second"
     )
-    faults = list(_faults(outcome))
+    faults = list(faults_of(outcome))
     for fault in faults[:_SHOWN_FAULTS]:
         screen.print(f"[red]FAULT[/red] {fault}", soft_wrap=True)
     if len(faults) > _SHOWN_FAULTS:
@@ -132,7 +132,7 @@ def _time_text(nanoseconds: int) -> str:
     return f"{nanoseconds / 1e6:.1f} ms" if nanoseconds < 1_000_000_000 else f"{nanoseconds / 1e9:.2f} s"
 
 
-def _faults(outcome: work.StressOutcome) -> Iterator[str]:
+def faults_of(outcome: work.StressOutcome) -> Iterator[str]:
     """Everything that was found, a sentence each."""
     yield from outcome.dead
     yield from outcome.report.errors
@@ -161,6 +161,6 @@ def _plain(outcome: work.StressOutcome) -> dict[str, object]:
         "operations_per_second": outcome.operations / outcome.seconds if outcome.seconds else 0.0,
         "latencies": latencies,
         "counts": {what: count for what, count in outcome.report.counts.items() if not what.startswith("guard")},
-        "faults": list(_faults(outcome)),
+        "faults": list(faults_of(outcome)),
         "is_clean": outcome.is_clean,
     }

@@ -1,6 +1,7 @@
 """Where stress clients meet: one block of the control heap with a row a client and mailboxes between neighbours.
 
-    rows       one a client, 64 bytes: phase, operations, errors, live blocks
+    rows       one a client, 64 bytes: phase, operations, errors, live blocks, blocks checked, bytes lost, process
+               id, lives
     guards     one a work heap, 64 bytes: a count that every client raises while it holds that heap's lock
     mailboxes  LANES a client, 64 bytes each: number (8 bytes), letter (41), check (4), 3 unused, taken (8)
 
@@ -44,6 +45,10 @@ class Row(IntEnum):
     OPERATIONS = 1
     ERRORS = 2
     LIVE = 3
+    CHECKED = 4  # times that a block was compared with what was written into it
+    LOST = 5  # bytes of blocks that had changed
+    PID = 6  # of the client's process
+    LIVES = 7  # processes that it has been so far
 
 
 def board_size(clients: int, heaps: int) -> int:
@@ -74,6 +79,10 @@ class Board:
     def put(self, client: int, word: Row, value: int) -> None:
         """Store a word of a client's row: its own, or that of a client that has died."""
         self._words[client * _ROW_WORDS + word] = value
+
+    def add(self, client: int, word: Row, count: int = 1) -> None:
+        """Add to a word of a client's row, which only that client writes."""
+        self._words[client * _ROW_WORDS + word] += count
 
     def column(self, word: Row) -> Sequence[int]:
         """That word of every client."""

@@ -1,7 +1,8 @@
 """Start hundreds of client processes cheaply: one process imports everything, and each client is a fork of it.
 
 The nursery has no thread and has made no ZeroMQ context when it forks, so its children inherit nothing that must not
-be inherited. It reports each child's end, and takes all of them with it when its parent has gone.
+be inherited. It reports each child's end, starts it again if it is told to, and takes all of them with it when its
+parent has gone.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from heapd.workloads.stress_client import Plan, run_client
-
-__all__ = ["log_of", "run_nursery"]
+__all__ = ["Run", "log_of", "run_nursery"]
 
 _POLL_S = 0.05
+
+Run = Callable[[int], int]  # all that client `number` does; returns its exit code
 
 
 def log_of(folder: Path, number: int) -> Path:
@@ -26,19 +27,29 @@ def log_of(folder: Path, number: int) -> Path:
     return folder / f"client-{number}.log"
 
 
-def run_nursery(connection: Connection, plan: Plan, folder: Path) -> None:
-    """Fork all clients; send (number, wait status) of each that ends, and return when none is left."""
+def run_nursery(connection: Connection, run: Run, clients: int, folder: Path) -> None:
+    """Fork all clients; send (number, wait status) of each that ends; fork those again whose number is received.
+
+    Returns when it receives None, or its parent is gone.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     children: dict[int, int] = {}  # pid to number
-    for number in range(plan.clients):
-        children[_fork(partial(run_client, plan, number), log_of(folder, number))] = number
+
+    def start(number: int) -> None:
+        children[_fork(partial(run, number), log_of(folder, number))] = number
+
     try:
-        while children:
+        for number in range(clients):
+            start(number)
+        while True:
             if connection.poll(_POLL_S):
-                return  # the parent says stop, or is gone
+                wanted = connection.recv()
+                if wanted is None:
+                    return
+                start(wanted)
             for pid, status in _ended():
                 connection.send((children.pop(pid), status))
-    except OSError:
+    except (OSError, EOFError):
         return  # the parent is gone
     finally:
         for pid in children:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,8 +31,8 @@ _SHM = Path("/dev/shm")
 
 
 @contextmanager
-def private_daemon(name: str) -> Iterator[str]:
-    """Run a daemon called `name` in a temporary folder. Yields: its endpoint.
+def private_daemon(name: str, *arguments: str) -> Iterator[str]:
+    """Run a daemon called `name` in a temporary folder, with more arguments to `heapd serve`. Yields: its endpoint.
 
     Raises: WorkloadError with what the daemon said if it does not start.
     """
@@ -40,7 +40,7 @@ def private_daemon(name: str) -> Iterator[str]:
     try:
         endpoint = Endpoint(str(folder), name)
         with (folder / "log").open("wb") as log:
-            daemon = _start(endpoint, log.fileno())
+            daemon = _start(endpoint, log.fileno(), arguments)
         try:
             _wait_for(endpoint, daemon, folder / "log")
             yield str(endpoint)
@@ -50,8 +50,9 @@ def private_daemon(name: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(endpoint: Endpoint, log: int) -> subprocess.Popen[bytes]:
+def _start(endpoint: Endpoint, log: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "heapd", "serve", "--endpoint", str(endpoint), "--idle-exit", str(_IDLE_EXIT_S)]
+    command += arguments
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 

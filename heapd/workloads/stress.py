@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,11 +20,20 @@ from heapd.records import HeapStatistics
 from heapd.units import KIB
 from heapd.workloads import WorkloadError
 from heapd.workloads.board import Board, Phase, Row, board_size
-from heapd.workloads.nursery import log_of, run_nursery
-from heapd.workloads.stress_client import CONTROL_HEAP, Plan, Report, heap_name, result_name
+from heapd.workloads.nursery import Run, log_of, run_nursery
+from heapd.workloads.stress_client import (
+    CONTROL_HEAP,
+    DEADLINE,
+    PATIENCE_S,
+    Plan,
+    Report,
+    heap_name,
+    result_name,
+    run_client,
+)
 from heapd.workloads.team import interrupts_held
 
-__all__ = ["MOST_CLIENTS", "HeapCheck", "Progress", "StressOutcome", "bytes_a_client", "run_stress"]
+__all__ = ["MOST_CLIENTS", "Calm", "HeapCheck", "Progress", "StressOutcome", "bytes_a_client", "run_stress"]
 
 MOST_CLIENTS = 500
 _START_DEADLINE_S = 120.0
@@ -91,21 +101,48 @@ def bytes_a_client(clients: int) -> int:
     return max(4 * KIB, min(_MOST_BYTES, status.f_bavail * status.f_frsize // (2 * clients)))
 
 
-def run_stress(plan: Plan, progress: Callable[[Progress], object]) -> StressOutcome:
+class Calm:
+    """What befalls a run from outside: nothing. A storm overrides what it brings."""
+
+    def client(self, plan: Plan) -> Run:
+        """What client processes run."""
+        return partial(run_client, plan)
+
+    def begin(self, session: hc.Session, control: hc.Heap, heaps: list[hc.Heap], board: Board) -> None:
+        """Called once, before any client is there."""
+
+    def strike(self) -> None:
+        """Called ever again while the clients run."""
+
+    def is_victim(self, number: int) -> bool:
+        """Whether client `number`, which was killed, is to be started again."""
+        return False
+
+    def clear_up(self, outcome: StressOutcome) -> None:
+        """Called when all clients have ended, before the heaps are checked."""
+
+
+def run_stress(plan: Plan, progress: Callable[[Progress], object], weather: Calm | None = None) -> StressOutcome:
     """Run the plan against the daemon at its endpoint.
 
     Raises: HeapdError, WorkloadError if it cannot be run; what clients found is in the outcome.
     """
-    with hc.connect(plan.endpoint, autostart=False) as session, tempfile.TemporaryDirectory() as folder:
+    weather = weather or Calm()
+    with (
+        hc.connect(plan.endpoint, autostart=False, timeout=PATIENCE_S) as session,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         control = session.create_heap(CONTROL_HEAP)
         heaps = [session.create_heap(heap_name(number), serialize=number % 2 == 0) for number in range(plan.heaps)]
         block = control.alloc(board_size(plan.clients, plan.heaps), zero=True)
         control.publish("board", block)
         board = Board(block.view, plan.clients, plan.heaps)
         outcome = StressOutcome(plan)
-        with _nursery(plan, Path(folder)) as connection:
-            _Watch(plan, outcome, board, connection, Path(folder), progress).run(control)
+        weather.begin(session, control, heaps, board)
+        with _nursery(weather.client(plan), plan.clients, Path(folder)) as connection:
+            _Watch(plan, outcome, board, connection, Path(folder), progress, weather).run(control)
         _collect(control, plan, outcome)
+        weather.clear_up(outcome)
         outcome.heaps = [_check_heap(heap, board, number, outcome) for number, heap in enumerate(heaps)]
         for heap in (*heaps, control):
             heap.destroy()
@@ -113,10 +150,10 @@ def run_stress(plan: Plan, progress: Callable[[Progress], object]) -> StressOutc
 
 
 @contextmanager
-def _nursery(plan: Plan, folder: Path) -> Iterator[Connection]:
+def _nursery(run: Run, clients: int, folder: Path) -> Iterator[Connection]:
     context = get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=run_nursery, args=(theirs, plan, folder), name="nursery", daemon=True)
+    process = context.Process(target=run_nursery, args=(theirs, run, clients, folder), name="nursery", daemon=True)
     with interrupts_held():
         process.start()
     theirs.close()
@@ -124,7 +161,7 @@ def _nursery(plan: Plan, folder: Path) -> Iterator[Connection]:
         yield ours
     finally:
         with suppress(OSError):
-            ours.send("stop")
+            ours.send(None)
         process.join(10)
         if process.is_alive():
             process.kill()
@@ -137,7 +174,7 @@ class _Watch:
 
     def __init__(
         self, plan: Plan, outcome: StressOutcome, board: Board, connection: Connection, folder: Path,
-        progress: Callable[[Progress], object],
+        progress: Callable[[Progress], object], weather: Calm,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._outcome = outcome
@@ -145,16 +182,18 @@ class _Watch:
         self._connection = connection
         self._folder = folder
         self._progress = progress
+        self._weather = weather
         self._ended: set[int] = set()
 
     def run(self, control: hc.Heap) -> None:
         """Until every client has ended."""
         clients = self._plan.clients
         self._until("start", lambda: self._count(Phase.READY), clients, _START_DEADLINE_S)
-        with control.alloc(1) as go:
-            control.publish("go", go)
+        seconds = self._plan.seconds
+        with control.alloc(DEADLINE.size) as go:
             started = time.monotonic()
-            seconds = self._plan.seconds
+            DEADLINE.pack_into(go.view, 0, started + seconds)
+            control.publish("go", go)
             self._until("run", lambda: min(time.monotonic() - started, seconds), seconds, seconds + _END_DEADLINE_S)
             self._outcome.seconds = time.monotonic() - started
             self._until("finish", lambda: len(self._ended), clients, _END_DEADLINE_S)
@@ -168,6 +207,8 @@ class _Watch:
         deadline = time.monotonic() + patience_s
         while True:
             self._notice_ends()
+            if phase == "run":
+                self._weather.strike()
             now = done()
             board = self._board
             sums = [sum(board.column(word)) for word in (Row.OPERATIONS, Row.LIVE, Row.ERRORS)]
@@ -183,6 +224,9 @@ class _Watch:
         try:
             while self._connection.poll():
                 number, status = self._connection.recv()
+                if os.WIFSIGNALED(status) and self._weather.is_victim(number):
+                    self._connection.send(number)
+                    continue
                 self._ended.add(number)
                 if status:
                     self._outcome.dead.append(f"client {number} {_fate(status)}{self._last_words(number)}")

@@ -6,7 +6,9 @@ What it does follows from (seed, number) alone; when it does it, and what the ot
 from __future__ import annotations
 
 import json
+import os
 import random
+import struct
 import sys
 import time
 import traceback
@@ -32,12 +34,14 @@ from heapd.workloads.checked import (
 )
 from heapd.workloads.latency import Histogram
 
-__all__ = ["CONTROL_HEAP", "Plan", "Report", "StressClient", "heap_name", "result_name", "run_client"]
+__all__ = ["CONTROL_HEAP", "PATIENCE_S", "Held", "Plan", "Report", "StressClient", "heap_name", "result_name",
+           "run_client"]  # fmt: skip
 
 CONTROL_HEAP = "stress"
 _MOST_ERRORS = 10  # then a client stops: what follows a broken heap says nothing new
 _MOST_LIVE = 64  # blocks a client holds
-_PATIENCE_S = 120.0  # for the others, at start and end
+PATIENCE_S = 120.0  # for the others, at start and end
+DEADLINE = struct.Struct("<d")  # what the parent publishes as "go": when the run ends, by the monotonic clock
 _LARGE_SHARE = 0.02  # of blocks over 64 KiB
 _POLLS_A_SECOND = 2000  # of all waiting clients together: hundreds that look often leave the others no time
 
@@ -100,14 +104,20 @@ def result_name(number: int) -> str:
 
 
 @dataclass(slots=True, eq=False)
-class _Held:
+class Held:
+    """A block that a client holds, what it wrote into it last, and the number of its heap."""
+
     block: hc.Block
     stamp: Stamp
     heap: int
 
 
 class StressClient:
-    """The state of one client. `step` does one operation; the rest is coming and going."""
+    """The state of one client. `step` does one operation; the rest is coming and going.
+
+    A block in `held` is as its stamp says, except between `_unsettle` and `_settle`; a client that must be able to
+    account for its blocks overrides these two.
+    """
 
     def __init__(self, plan: Plan, number: int, session: hc.Session, control: hc.Heap) -> None:
         self.plan = plan
@@ -117,7 +127,7 @@ class StressClient:
         self._heaps = [session.open_heap(heap_name(heap)) for heap in range(plan.heaps)]
         self._board = Board(control.lookup("board").view, plan.clients, plan.heaps)
         self._random = random.Random(f"{plan.seed}/{number}")
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
         self._bytes = 0
         self._sequence = 0
         self._outgoing = neighbours(number, plan.clients)
@@ -139,10 +149,9 @@ class StressClient:
     def run(self, control: hc.Heap) -> None:
         """All of it, from the start signal to the moment when every other client has freed its blocks too."""
         self._enter(Phase.READY)
-        control.lookup("go", timeout=_PATIENCE_S)
+        deadline = DEADLINE.unpack(control.lookup("go", timeout=PATIENCE_S).view)[0]
         self._enter(Phase.RUNNING)
-        deadline = time.monotonic() + self.plan.seconds
-        operations = 0
+        operations = self._board.get(self.number, Row.OPERATIONS)  # of an earlier life
         while time.monotonic() < deadline and len(self.report.errors) < _MOST_ERRORS:
             self.step()
             operations += 1
@@ -168,6 +177,7 @@ class StressClient:
         self._enter(Phase.ENDED)
 
     def _enter(self, phase: Phase) -> None:
+        self._board.put(self.number, Row.PID, os.getpid())
         self._board.put(self.number, Row.PHASE, phase)
 
     def _drain(self) -> None:
@@ -182,10 +192,10 @@ class StressClient:
         self._wait(is_over, "the neighbours to hand over what they had")
 
     def _wait(self, is_over: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while not is_over():
             if time.monotonic() > deadline:
-                self._fail(f"waited {_PATIENCE_S:g} s for {what}")
+                self._fail(f"waited {PATIENCE_S:g} s for {what}")
                 return
             time.sleep(self.plan.clients / _POLLS_A_SECOND)
 
@@ -200,7 +210,7 @@ class StressClient:
 
     def _fail(self, text: str) -> None:
         self.report.errors.append(f"client {self.number}: {text}")
-        self._board.put(self.number, Row.ERRORS, len(self.report.errors))
+        self._board.add(self.number, Row.ERRORS)
 
     def _note(self, kind: str, started: int) -> None:
         """Count a call that began at `started` (perf_counter_ns) and has returned."""
@@ -221,15 +231,34 @@ class StressClient:
         self._sequence += 1
         stamp = Stamp(self.number, self._sequence)
         fill(block.view, stamp)
-        self._held.append(_Held(block, stamp, heap))
-        self._bytes += block.size
+        self._keep(Held(block, stamp, heap))
 
-    def _pick(self) -> _Held | None:
+    def _keep(self, held: Held) -> None:
+        self._held.append(held)
+        self._bytes += held.block.size
+        self._settle(held)
+
+    def _pick(self) -> Held | None:
         return self._held[self._random.randrange(len(self._held))] if self._held else None
 
-    def _drop(self, held: _Held) -> None:
+    def _drop(self, held: Held) -> None:
+        self._unsettle(held)
         self._held.remove(held)
         self._bytes -= held.block.size
+
+    def _settle(self, held: Held) -> None:
+        """The block is now, whole, as its stamp says."""
+
+    def _unsettle(self, held: Held) -> None:
+        """The block is about to change, or to go; may be said twice."""
+
+    def _sign(self, held: Held) -> None:
+        """Write into a held block anew."""
+        self._sequence += 1
+        self._unsettle(held)
+        held.stamp = Stamp(self.number, self._sequence)
+        fill(held.block.view, held.stamp)
+        self._settle(held)
 
     def _alloc(self) -> None:
         size = self._size()
@@ -260,15 +289,17 @@ class StressClient:
             self._hold(block, heap)
 
     @contextmanager
-    def _checking(self, held: _Held) -> Iterator[None]:
+    def _checking(self, held: Held) -> Iterator[None]:
         """A block found wrong inside is dropped: nobody can say whose it is, and once is enough."""
+        self._board.add(self.number, Row.CHECKED)
         try:
             yield
         except CheckError:
+            self._board.add(self.number, Row.LOST, held.block.size)
             self._drop(held)
             raise
 
-    def _check_held(self, held: _Held) -> None:
+    def _check_held(self, held: Held) -> None:
         with self._checking(held):
             check(held.block.view, held.stamp)
 
@@ -276,10 +307,8 @@ class StressClient:
         held = self._pick()
         if held is not None:
             self._check_held(held)
-            self._sequence += 1
-            held.stamp = Stamp(self.number, self._sequence)
             started = time.perf_counter_ns()
-            fill(held.block.view, held.stamp)
+            self._sign(held)
             self._note("write", started)
 
     def _check(self) -> None:
@@ -296,9 +325,13 @@ class StressClient:
         length = held.block.size
         in_place = self._random.random() < 0.2
         started = time.perf_counter_ns()
+        self._unsettle(held)
         try:
             block = held.block.realloc(size, in_place_only=in_place)
-        except CannotResizeInPlaceError:
+        except HeapdError as error:
+            self._settle(held)  # nothing has changed
+            if not isinstance(error, CannotResizeInPlaceError):
+                raise
             self.report.count("refused: resize in place")
             self._check_held(held)
             return
@@ -307,7 +340,7 @@ class StressClient:
         held.block = block
         with self._checking(held):
             check_prefix(block.view, held.stamp, length)
-        fill(block.view, held.stamp)
+        self._sign(held)
 
     def _free(self) -> None:
         held = self._pick()
@@ -342,10 +375,8 @@ class StressClient:
         if not self._board.is_empty(self.number, lane):
             return
         self._check_held(held)
-        if held.stamp.owner != self.number:  # it came from another: sign it, so that the receiver can tell
-            self._sequence += 1
-            held.stamp = Stamp(self.number, self._sequence)
-            fill(held.block.view, held.stamp)
+        if held.stamp.owner != self.number:  # it came from another: the receiver wants to tell whom it is from
+            self._sign(held)
         self._drop(held)
         self._board.send(self.number, lane, bytes([held.heap]) + held.block.handle.encode())
         self.report.count("handed over")
@@ -364,19 +395,21 @@ class StressClient:
         self._note("open", started)
         self.report.count("taken over")
         stamp = read_stamp(block.view)
-        check(block.view, stamp)
+        self._keep(Held(block, stamp, letter[0]))
+        self._check_held(self._held[-1])
         if stamp.owner != sender:
             raise CheckError(f"a block from client {sender} was written by client {stamp.owner}")
-        self._held.append(_Held(block, stamp, letter[0]))
-        self._bytes += block.size
 
     def _lock(self) -> None:
         """Raise a count that is not atomic, under the heap's lock: a lock that excludes nobody loses some."""
         heap = self._random.randrange(len(self._heaps))
         started = time.perf_counter_ns()
-        with self._heaps[heap].lock(timeout=_PATIENCE_S):
+        with self._heaps[heap].lock(timeout=PATIENCE_S):
             self._note("lock", started)
-            self._board.raise_guard(heap)
+            self._raise_guard(heap)
+
+    def _raise_guard(self, heap: int) -> None:
+        self._board.raise_guard(heap)
         self.report.count(f"guard {heap}")
 
     def _open_stale(self) -> None:
@@ -396,12 +429,12 @@ class StressClient:
             raise CheckError("the handle of a freed block was accepted")
 
 
-def run_client(plan: Plan, number: int) -> int:
+def run_client(plan: Plan, number: int, kind: type[StressClient] = StressClient) -> int:
     """All that a client process does. Returns: its exit code; why it is not 0 stands on stderr."""
     try:
-        with hc.connect(plan.endpoint, autostart=False, timeout=_PATIENCE_S) as session:
+        with hc.connect(plan.endpoint, autostart=False, timeout=PATIENCE_S) as session:
             control = session.open_heap(CONTROL_HEAP)
-            client = StressClient(plan, number, session, control)
+            client = kind(plan, number, session, control)
             client.run(control)
             client.leave(control)
     except HeapdError as error:
