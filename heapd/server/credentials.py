@@ -93,6 +93,27 @@ class ProcessTable:
         self._fresh.append(process)
         return process
 
+    def readmit(self, pid: int, uid: int, start_time: int) -> ClientProcess:
+        """The process that had sessions with an earlier server, as that one wrote it down.
+
+        Returns: it, among the fresh ones if it lives; if it has died, with a closed pidfd and not in the table: its
+                 sessions are to be ended.
+        Raises:  OSError if no descriptor is left for the pidfd.
+        """
+        known = self._known.get((pid, start_time))
+        if known is not None:
+            return known
+        pidfd = _pidfd_of_pid(pid)
+        # In this order: the process that is seen alive last is the one whose start time was read.
+        if pidfd is not None and (start_time_of(pid) != start_time or is_dead(pidfd)):
+            os.close(pidfd)
+            pidfd = None
+        process = ClientProcess(pid, uid, start_time, -1 if pidfd is None else pidfd)
+        if pidfd is not None:
+            self._known[pid, start_time] = process
+            self._fresh.append(process)
+        return process
+
     def take_fresh(self) -> list[ClientProcess]:
         """The processes admitted since the last call; the loop is to watch their pidfds."""
         fresh = self._fresh

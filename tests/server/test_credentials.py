@@ -66,6 +66,37 @@ def test_a_message_without_a_proper_address_is_nobodys(address: str | None) -> N
     assert peer_address(FakeFrame(address)) is None  # type: ignore[arg-type]
 
 
+# -- after a restart ------------------------------------------------------------------------------------------------
+def test_a_process_that_lives_is_known_again(table: ProcessTable, child: subprocess.Popen[bytes]) -> None:
+    """By its id and start time, once however many sessions it has; its death is seen as before."""
+    born = start_time_of(child.pid)
+    assert born is not None
+    process = table.readmit(child.pid, os.getuid(), born)
+    assert process.pidfd >= 0
+    assert table.readmit(child.pid, os.getuid(), born) is process
+    assert table.admit(child.pid, os.getuid(), None) is process
+    assert table.take_fresh() == [process]
+    kill(child)
+    assert is_dead(process.pidfd)
+
+
+@pytest.mark.parametrize("fate", ["zombie", "reaped", "another under its id"])
+def test_a_process_that_died_meanwhile_is_not(table: ProcessTable, child: subprocess.Popen[bytes], fate: str) -> None:
+    """It is told by its pidfd, which is closed, and nobody watches it."""
+    born = start_time_of(child.pid)
+    assert born is not None
+    before = len(os.listdir("/proc/self/fd"))
+    if fate == "zombie":
+        kill(child)
+    elif fate == "reaped":
+        child.kill()
+        child.wait()
+    process = table.readmit(child.pid, os.getuid(), born - (fate == "another under its id"))
+    assert process.pidfd == -1
+    assert (len(table), table.take_fresh()) == (0, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # -- the process behind it -----------------------------------------------------------------------------------------
 def test_the_process_of_a_connection_is_found(table: ProcessTable) -> None:
     """By the connection's own descriptor, which stays open and usable."""
