@@ -60,7 +60,7 @@ class Entry(NamedTuple):
         orphaned    True: BUSY, and that session has ended
         generation  of the block, 0 where there is none
         committed   bytes committed (REGION only)
-        is_run      True: a block that is a run of pages
+        is_run      True: a block that is a run of pages; of a REGION: it holds one large run alone
     """
 
     kind: EntryKind

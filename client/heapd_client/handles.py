@@ -11,14 +11,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from heapd.errors import InvalidArgumentError, NotABlockError, StaleHandleError
-from heapd.layout import BUSY, KIND_RUN, KIND_SLAB, PAGE_COMMITTED, WORD, Handle, PageInfo, slab_class_index
+from heapd.layout import (
+    BUSY,
+    KIND_RUN,
+    KIND_SLAB,
+    PAGE_COMMITTED,
+    RUN_WORD,
+    WORD,
+    Handle,
+    PageInfo,
+    slab_class_index,
+)
 from heapd.sizeclass import CLASS_COUNT, CLASSES, SizeClass
-from heapd.units import PAGE_SHIFT, pages_for
+from heapd.units import PAGE_SHIFT, PAGE_SIZE, pages_for
 
 if TYPE_CHECKING:
     from .mapping import Mapping
 
-__all__ = ["Located", "checked_handle", "locate", "locate_at", "stale"]
+__all__ = ["Located", "checked_handle", "locate", "locate_at", "stale", "was_block"]
 
 _SLOT_SHIFT: Final = PAGE_SHIFT - 3  # pages to slots
 
@@ -96,6 +106,17 @@ def locate_at(arena: Mapping, address: int) -> tuple[Handle, Located]:
             handle = Handle(arena.instance, slot, address, form.generation(word))
             return handle, Located(size, extent or _run_extent(size), info.heap)
     raise NotABlockError(f"no allocated block begins at address {address:#x}", address=address)
+
+
+def was_block(arena: Mapping, address: int) -> bool:
+    """Whether a block begins, or began, at `address`, as far as can be told where none is allocated."""
+    info = arena.find_page(address)
+    if info is None:
+        return False
+    page, rest = divmod(address, PAGE_SIZE)
+    if info.kind == KIND_SLAB or rest or not arena.is_run_word_ready(page):
+        return _find_slot(arena, address, info) is not None
+    return RUN_WORD.generation(arena.words[arena.shape.run_slot(page)]) > 0
 
 
 def _find_slot(arena: Mapping, address: int, info: PageInfo) -> tuple[int, int] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -80,6 +81,7 @@ class HeapCore:
         self._unlock = held(self._mutex).__exit__
         self._is_serialized = bool(info.flags & F_SERIALIZE)
         self.is_executable = bool(info.flags & F_EXECUTABLE)
+        self._exempt: set[int] = set()  # threads (by ident) that take no mutex now
         self._is_closed = False
         self.live_slot = self._control + C_LIVE
         self._slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
@@ -301,13 +303,30 @@ class HeapCore:
 
     def _hold(self) -> AbstractContextManager[object]:
         """The mutex of a serialized heap, round one heap function; counted by `_count`."""
-        if self._is_serialized:
+        if self._takes_mutex:
             return held(self._mutex, self.session.timeout)
         return nullcontext()
 
+    @property
+    def _takes_mutex(self) -> bool:
+        return self._is_serialized and not (self._exempt and get_ident() in self._exempt)
+
+    @contextmanager
+    def unserialized(self) -> Iterator[None]:
+        """In the block the calling thread's functions of this heap take no mutex, but `lock` and the hot path of
+        `alloc` and `Block.free`. As safe as a heap that is not serialized: see there."""
+        me = get_ident()
+        is_outer = me not in self._exempt
+        try:
+            self._exempt.add(me)
+            yield
+        finally:
+            if is_outer:
+                self._exempt.discard(me)
+
     def _count(self) -> None:
         """Count an acquisition, inside `_hold`; the heap may have gone while we waited."""
-        if self._is_serialized:
+        if self._takes_mutex:
             self._words[self._acquired] += 1
             self.check()
         front = self._front
@@ -346,6 +365,7 @@ class HeapCore:
     def forked(self) -> None:
         """In the child: what is cached is the parent's."""
         self._gate = threading.RLock()
+        self._exempt.clear()
         if self._front is not None:
             self._front.empty()
             self._front = None

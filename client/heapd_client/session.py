@@ -30,10 +30,12 @@ from heapd.layout import (
     BUSY,
     C_HEAP_ID,
     F_EXECUTABLE,
+    F_FREE_CHECK,
     F_FREE_ORPHANS,
     F_GENERATE_EXCEPTIONS,
     F_PERSISTENT,
     F_SERIALIZE,
+    F_TAIL_CHECK,
     H_CONTROLS_READY,
     Handle,
 )
@@ -309,6 +311,8 @@ class Session:
         orphans: str = "keep",
         max_block: int = 0,
         session_quota: int = 0,
+        tail_check: bool = False,
+        free_check: bool = False,
     ) -> Heap:
         """Make a heap.
 
@@ -318,7 +322,8 @@ class Session:
                  generate_exceptions (recorded; errors are always exceptions here), persistent (stays until it is
                  destroyed), orphans ("keep" or "free" what a session that died had allocated), max_block (largest
                  request in bytes; 0: no limit of its own), session_quota (bytes that one session may have of it,
-                 allocated or cached; 0: no limit of its own).
+                 allocated or cached; 0: no limit of its own), tail_check and free_check (recorded for the win32 module,
+                 which writes and looks at the fillers).
         Raises:  HeapExistsError, HeapFullError, LimitError, InvalidArgumentError; ExecuteError if the system does not
                  let shared memory be executed.
         """
@@ -333,6 +338,8 @@ class Session:
             (persistent, F_PERSISTENT),
             (generate_exceptions, F_GENERATE_EXCEPTIONS),
             (orphans == "free", F_FREE_ORPHANS),
+            (tail_check, F_TAIL_CHECK),
+            (free_check, F_FREE_CHECK),
         ):
             flags |= flag if is_set else 0
         return self._adopt(
@@ -346,10 +353,23 @@ class Session:
     @property
     def default_heap(self) -> Heap:
         """This session's own heap: serialized, growable, made at its first use, gone with the session."""
+        return self.open_default_heap()
+
+    def open_default_heap(self, reserve: int = 0, commit: int = 0) -> Heap:
+        """As `default_heap`. The two figures, in bytes, count at its first use alone; 0: 1 MiB, and 4 KiB of it.
+
+        Raises: InvalidArgumentError if commit exceeds reserve; HeapFullError.
+        """
         heap = self._default
         if heap is None or not heap.is_live:
-            heap = self._default = self._adopt(self.call(ask.HeapDefault()))
+            heap = self._default = self._adopt(self.call(ask.HeapDefault(reserve, commit)))
         return heap
+
+    @property
+    def open_heaps(self) -> list[Heap]:
+        """The heaps that this session has open, in the order in which they were."""
+        with self._lock:
+            return [heap for heap in self._heaps.values() if heap.is_live]
 
     def open_heap_id(self, heap_id: int) -> Heap:
         """The heap with that id, as a pickled Heap or a HeapInfo names it. Raises: NoSuchHeapError."""

@@ -67,7 +67,7 @@ def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live
     if offset < 0:
         extent = region.page_count << PAGE_SHIFT
         committed = heap.arena.committed_in(region.first, region.page_count) << PAGE_SHIFT
-        yield Entry(EntryKind.REGION, base, extent, extent, index, committed=committed)
+        yield Entry(EntryKind.REGION, base, extent, extent, index, committed=committed, is_run=region.is_big)
         offset = 0
     page, skip = region.first + (offset >> PAGE_SHIFT), base + offset
     page = _piece_start(heap, page, region.first) if page < region.end else page

@@ -24,10 +24,12 @@ from heapd.heap import NOBODY, Heap, collect_statistics, recount, validate_block
 from heapd.layout import (
     BUSY,
     F_EXECUTABLE,
+    F_FREE_CHECK,
     F_FREE_ORPHANS,
     F_GENERATE_EXCEPTIONS,
     F_PERSISTENT,
     F_SERIALIZE,
+    F_TAIL_CHECK,
     HEAP_INDEX_BITS,
 )
 from heapd.manager.blocks import BlockOperations
@@ -45,7 +47,8 @@ from heapd.wire import messages as m
 __all__ = ["HeapManager", "Job", "Limits"]
 
 
-_FLAGS: Final = F_SERIALIZE | F_EXECUTABLE | F_PERSISTENT | F_GENERATE_EXCEPTIONS | F_FREE_ORPHANS
+_RECORDED: Final = F_GENERATE_EXCEPTIONS | F_TAIL_CHECK | F_FREE_CHECK  # kept for the clients; nothing here heeds them
+_FLAGS: Final = F_SERIALIZE | F_EXECUTABLE | F_PERSISTENT | F_FREE_ORPHANS | _RECORDED
 _DEFAULT_RESERVE: Final = 1 * MIB  # Win32 /HEAP defaults
 _DEFAULT_COMMIT: Final = 4 * KIB
 _WORDS_A_SLICE: Final = 5_000

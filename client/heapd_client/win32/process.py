@@ -1,0 +1,200 @@
+"""What a Win32 process is here: one session, and the heaps that it has made or opened, by handle.
+
+A heap's handle is the address of its first region: a handle means the same heap in every process, which opens it by
+using it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from typing import Final
+
+from heapd.errors import InvalidArgumentError
+from heapd.layout import F_FREE_CHECK, F_TAIL_CHECK, PAGE_FREE
+from heapd.units import GRANULE_SIZE, parse_size
+
+from ..block import Block
+from ..heap import Heap
+from ..session import Session, connect
+from .checked_heap import CheckedHeap
+from .constants import ERROR_INVALID_HANDLE
+from .last_error import Failure
+from .open_heap import OpenHeap
+
+__all__ = ["Process", "attach", "detach", "heap_of", "hot", "process"]
+
+HEAP_VARIABLE: Final = "HEAPD_HEAP"
+
+# Heaps whose HeapAlloc and HeapFree need nothing that heaps.py does not do in a line: handle -> (heap, its blocks).
+hot: Final[dict[int, tuple[Heap, dict[int, Block]]]] = {}
+
+_lock = threading.RLock()
+_current: Process | None = None
+
+
+class Process:
+    """A session as a Win32 process.
+
+    Fields: session, is_own (we opened it, so we close it), reserve and commit (bytes: of the process heap; 0: the
+    daemon's default).
+    """
+
+    def __init__(self, session: Session, is_own: bool, reserve: int, commit: int) -> None:
+        self.session = session
+        self.is_own = is_own
+        self.reserve = reserve
+        self.commit = commit
+        self._open: dict[int, OpenHeap] = {}  # by handle
+        self._default: OpenHeap | None = None
+
+    def default_heap(self) -> OpenHeap:
+        """The process heap, made at the first call."""
+        found = self._default
+        if found is None or not found.heap.is_live:
+            found = self._default = self.adopt(self.session.open_default_heap(self.reserve, self.commit))
+        return found
+
+    def adopt(self, heap: Heap) -> OpenHeap:
+        """The one OpenHeap for a heap of the session."""
+        handle = heap.info.base
+        with _lock:
+            found = self._open.get(handle)
+            if found is None or found.heap is not heap:
+                found = self._open[handle] = CheckedHeap(heap) if _is_checked(heap) else OpenHeap(heap)
+                hot.pop(handle, None)
+                if not _is_checked(heap):
+                    hot[handle] = heap, found.blocks
+            return found
+
+    def find(self, handle: int) -> OpenHeap:
+        """The heap of a handle. Raises: Failure(ERROR_INVALID_HANDLE)."""
+        found = self._open.get(handle)
+        if found is not None and found.heap.is_live:
+            return found
+        self._forget(handle)
+        heap = self._heap_at(handle)
+        if heap is None:
+            raise Failure(ERROR_INVALID_HANDLE, f"{handle:#x} is no heap")
+        return self.adopt(heap)
+
+    def _heap_at(self, handle: int) -> Heap | None:
+        """The heap whose first region begins at `handle`, opened if it was not."""
+        info = self.session.arena.find_page(handle)
+        if info is None or info.state == PAGE_FREE or handle % GRANULE_SIZE:
+            return None
+        for heap in self.session.open_heaps:
+            if heap.info.base == handle:
+                return heap
+        with suppress(LookupError):
+            heap = self.session.open_heap_id(info.heap)  # its control index
+            if heap.info.base == handle:
+                return heap
+        return None
+
+    def open_heaps(self) -> list[OpenHeap]:
+        """The process heap, then the others in the order in which they were made or opened here."""
+        first = self.default_heap()
+        others = [self.adopt(heap) for heap in self.session.open_heaps if heap is not first.heap]
+        return [first, *others]
+
+    def destroy(self, found: OpenHeap) -> None:
+        """Raises: HeapdError."""
+        found.heap.destroy()
+        self._forget(found.handle)
+
+    def _forget(self, handle: int) -> None:
+        with _lock:
+            self._open.pop(handle, None)
+            hot.pop(handle, None)
+
+    def forked(self) -> None:
+        """In the child of a fork: it has a process heap of its own."""
+        self._default = None
+
+    def end(self) -> None:
+        hot.clear()
+        self._open.clear()
+        if self.is_own:
+            self.session.close()
+
+
+def process() -> Process:
+    """The process as it is attached; it attaches itself to the default daemon if it is not."""
+    found = _current
+    if found is None or found.session.is_closed:
+        with _lock:
+            found = _current
+            if found is None or found.session.is_closed:
+                attach()
+                found = _current
+                assert found is not None
+    return found
+
+
+def heap_of(handle: int) -> OpenHeap:
+    """The heap of a handle. Raises: Failure(ERROR_INVALID_HANDLE)."""
+    return process().find(handle)
+
+
+def attach(endpoint: str | Session | None = None, *, heap: tuple[int, int] | None = None) -> None:
+    """Choose the daemon for all Win32 functions of this process; what was attached before is detached.
+
+    Args:   endpoint (as for `connect`; None: $HEAPD_ENDPOINT, or the user's default daemon, started on demand; or an
+            open Session, which `detach` does not close), heap (reserve and commit of the process heap in bytes, as the
+            linker's /HEAP; None: $HEAPD_HEAP as "reserve[,commit]", or 1 MiB and 4 KiB).
+    Raises: InvalidArgumentError if the figures are none or commit exceeds reserve; what `connect` raises. What was
+            attached stays attached then.
+    """
+    global _current
+    reserve, commit = _heap_figures(heap)
+    is_own = not isinstance(endpoint, Session)
+    session = endpoint if isinstance(endpoint, Session) else connect(endpoint)
+    with _lock:
+        detach()
+        _current = Process(session, is_own, reserve, commit)
+
+
+def detach() -> None:
+    """End the session: the heaps made by this process go. The next Win32 function attaches again."""
+    global _current
+    with _lock:
+        gone, _current = _current, None
+        if gone is not None:
+            gone.end()
+
+
+def _is_checked(heap: Heap) -> bool:
+    return bool(heap.info.flags & (F_TAIL_CHECK | F_FREE_CHECK))
+
+
+def _heap_figures(heap: tuple[int, int] | None) -> tuple[int, int]:
+    """Reserve and commit of the process heap, rounded up to 4 bytes as a linker does; 0: the default."""
+    text = os.environ.get(HEAP_VARIABLE, "")
+    try:
+        if heap is not None:
+            reserve, commit = heap
+        else:
+            reserve, commit = ([parse_size(part) for part in text.split(",")] + [0])[:2] if text.strip() else (0, 0)
+        if text.count(",") > 1 or min(reserve, commit) < 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        source = f"heap={heap!r}" if heap is not None else f"${HEAP_VARIABLE}={text!r}"
+        raise InvalidArgumentError(
+            f"{source}: a reserve and a commit are needed, in bytes: 'reserve[,commit]'"
+        ) from None
+    reserve, commit = (reserve + 3) & ~3, (commit + 3) & ~3
+    if commit > (reserve or 1 << 20):
+        raise InvalidArgumentError(f"the process heap cannot commit {commit} bytes of {reserve or 1 << 20} reserved")
+    return reserve, commit
+
+
+def _forked() -> None:
+    global _lock
+    _lock = threading.RLock()
+    if _current is not None:
+        _current.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
