@@ -11,22 +11,23 @@ A change is an int or a tuple. An int n >= 0 says that a slab's block was lent, 
     first page of the slab << BLOCK_SHIFT | index
 
 A tuple begins with what it is. `heap` is always the index of a control block; the rest are sessions' numbers, pages,
-slots, bytes as everywhere. All of them set, none counts on: telling one twice changes nothing.
+slots, bytes as everywhere. They say what is now, never by how much: telling one twice changes nothing.
 
     PAGES      first, count, state                                      what the pages' state (PAGE_*) is now
     REGION     heap, serial, first, page_count, is_big                  a region is there, as it is now
     NO_REGION  heap, serial
-    SLAB       heap, first, class_index, carved, lent                   lent: a bit a block, see `heapd.heap.Slab`
+    SLAB       heap, first, class_index, carved, lent                   lent: which blocks are, as bits
     NO_SLAB    first
     RUN        heap, first, page_count, is_finished                     is_finished 0: its commit goes on
     NO_RUN     heap, first
     WORD       slot, word                                               a state word that is stored after this
-    HEAP       heap, heap_id, name, flags, creator, is_default, maximum, max_block, initial (pages)
+    HEAP       heap, heap_id, name, flags, creator, is_default, maximum, max_block, initial (pages), initial (bytes),
+               quota
     NO_HEAP    heap
     COUNTS     heap, allocations, releases
     EPOCH      heap, epoch                                              also of control blocks without a heap
-    JOIN       number, heap                                             a session has the heap open
-    LEAVE      number, heap                                             ... has closed it; blocks may be left
+    JOIN       number, heap_id                                          a session has the heap open
+    LEAVE      number, heap_id                                          ... has closed it; blocks may be left
     NAME       heap, name, slot, address, generation
     NO_NAME    heap, name
     OWNERS     heap, [number, ...]                                      ended sessions with blocks, at the last scan
@@ -76,14 +77,16 @@ WHOLE: Final = 24
 Change = int | tuple[Any, ...]
 
 
+def _forget(change: Change) -> None:
+    pass
+
+
 class Journal:
-    """Writes nothing down. Args: words (the arena as "Q")."""
+    """Writes nothing down. Args: words (the arena as "Q"). Fields: note (to be called with each change made)."""
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
-
-    def note(self, change: Change) -> object:
-        """This change was made."""
+        self.note: Callable[[Change], object] = _forget
 
     def store(self, slot: int, word: int) -> None:
         """Store a word that says less than the one there; recovery does it by itself, knowing the records."""

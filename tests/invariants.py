@@ -157,6 +157,7 @@ def check_manager(manager: HeapManager) -> None:
     for session in sessions:
         assert all(manager.heaps.get(heap_id) is shared for heap_id, shared in session.heaps.items())
         assert session.is_live == sessions.is_live(session.number)
+    manager.commit(None, 0, b"")  # looking tidies up
     check_arena(manager.arena, [shared.heap for shared in heaps])
 
 

@@ -53,6 +53,14 @@ class PageMap:
         word = make_page_word(PAGE_RESERVED, KIND_TABLE, 0, 0)
         self._words[self._directory : self._directory + chunks] = _fill(word, chunks)
 
+    def restore(self, mapped: bytearray) -> None:
+        """Take over the map of an earlier process. Args: mapped (1 for each chunk that is; kept)."""
+        self._mapped = mapped
+        for chunk in self.mapped_chunks():
+            self._words[self._directory + chunk] = MAPPED
+        tables, word = self._shape.first_page >> CHUNK_SHIFT, make_page_word(PAGE_RESERVED, KIND_TABLE, 0, 0)
+        self._words[self._directory : self._directory + tables] = _fill(word, tables)
+
     def word(self, page: int) -> int:
         """What a reader finds for the page; a directory entry that leads nowhere is returned as it is."""
         entry: int = self._words[self._directory + (page >> CHUNK_SHIFT)]
@@ -60,6 +68,12 @@ class PageMap:
 
     def is_mapped(self, chunk: int) -> bool:
         return self._mapped[chunk] == 1
+
+    def mapped_chunks(self) -> Iterator[int]:
+        chunk = self._mapped.find(1)
+        while chunk >= 0:
+            yield chunk
+            chunk = self._mapped.find(1, chunk + 1)
 
     def map_range(self, first: int, count: int) -> None:
         """Make sure that every page of the range has a word and a run word of its own.

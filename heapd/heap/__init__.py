@@ -2,6 +2,8 @@
 
 from heapd.heap.heap import SLICE_BYTES, Heap
 from heapd.heap.holdings import NOBODY, recount
+from heapd.heap.slab import Slab
+from heapd.heap.space import Region
 from heapd.heap.statistics import collect_statistics
 from heapd.heap.validate import validate_block, validate_heap
 from heapd.heap.walk import walk
@@ -10,6 +12,8 @@ __all__ = [
     "NOBODY",
     "SLICE_BYTES",
     "Heap",
+    "Region",
+    "Slab",
     "collect_statistics",
     "recount",
     "validate_block",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 
+from heapd.heap.holdings import NOBODY
 from heapd.layout import SLAB_WORD, WORD, slab_descriptor
 from heapd.sizeclass import SizeClass
 from heapd.units import PAGE_SHIFT, PAGE_SIZE
@@ -41,6 +42,28 @@ class Slab:
         self.lent_count = 0
         self.carved = 0
         self.free: list[int] = []
+
+    @classmethod
+    def restore(cls, kind: SizeClass, first_page: int, carved: int, lent: bytearray) -> Slab:
+        """The slab that an earlier process had. Args: lent (1 for each block that was; they are charged to NOBODY)."""
+        slab = cls(kind, first_page)
+        slab.lent_count = lent.count(1)
+        if slab.lent_count == kind.block_count:
+            slab.lent = array("H", (NOBODY,)) * kind.block_count
+        else:
+            slab.lent = array("H", (NOBODY if is_lent else 0 for is_lent in lent))
+        slab.carved = carved
+        if slab.lent_count < carved:
+            slab.free = [index for index in range(carved - 1, -1, -1) if not lent[index]]
+        return slab
+
+    def rewrite_head(self, words: memoryview) -> None:
+        """Make the head say what the records say: the descriptor, and free words for blocks that are not lent."""
+        words[self.slot - 1] = slab_descriptor(self.kind.index)
+        for index in self.free:
+            word = words[self.slot + index]
+            if SLAB_WORD.session(word) or SLAB_WORD.state(word):
+                words[self.slot + index] = SLAB_WORD.free(SLAB_WORD.generation(word))
 
     def __lt__(self, other: Slab) -> bool:
         return self.first_page < other.first_page

@@ -49,6 +49,8 @@ class Region:
 class Space:
     """Regions and spare pages of the heap with control index `heap`.
 
+    Fields: initial (pages committed at the start of the first region, kept when it empties).
+
     Invariant: every page of a region that is not big is in exactly one of: `spare`, a run or slab that took it.
     """
 
@@ -65,7 +67,7 @@ class Space:
         self._firsts: list[int] = []  # first pages of regions, sorted, to find one by page
         self._region_at: dict[int, Region] = {}
         self.is_closed = False
-        self.initial = 0  # pages committed at the start of the first region, kept when it empties
+        self.initial = 0
 
     # -- regions -----------------------------------------------------------------------------------------------------
     def open(self, reserve: int, initial: int) -> Region:
@@ -84,6 +86,38 @@ class Space:
         if initial:
             self.arena.describe(region.first, initial, KIND_SPARE, self.heap, region.first)
         return region
+
+    def restore(self, regions: list[Region], initial: int, taken: list[tuple[int, int]]) -> None:
+        """Take over the regions of an earlier process. Args: regions (in order of birth), initial (pages), taken (by
+        slabs and runs: first page, pages; sorted)."""
+        self.initial = initial
+        for region in regions:
+            self.regions[region.serial] = self._region_at[region.first] = region
+            self._next_serial = region.serial + 1
+            self.reserved += region.page_count
+            self.committed += self.arena.committed_in(region.first, region.page_count)
+            if not region.is_big:
+                self.spare.add_barrier(region.first)
+                self.spare.add_barrier(region.end)
+        self._firsts = sorted(self._region_at)
+        at = 0
+        for first in self._firsts:
+            region, page = self._region_at[first], first
+            while at < len(taken) and taken[at][0] < region.end:
+                self._restore_spare(region, page, taken[at][0])
+                page = sum(taken[at])
+                at += 1
+            self._restore_spare(region, page, region.end)
+        if self.spare_committed > max(self._keep, self.initial) and self.largest_committed() > _SLICE_PAGES:
+            self.arena.defer(self._trim)  # it was at that when it died
+
+    def _restore_spare(self, region: Region, first: int, end: int) -> None:
+        if first == end:
+            return
+        self.arena.describe(first, end - first, KIND_SPARE, self.heap, region.first)
+        if not region.is_big:
+            self.spare.give(first, end - first)
+            self.spare_committed += self.arena.committed_in(first, end - first)
 
     def _add_region(self, page_count: int, *, is_big: bool) -> Region:
         first = self.arena.reserve(page_count, self.heap)

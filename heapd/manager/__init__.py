@@ -2,6 +2,6 @@
 
 from heapd.manager.manager import HeapManager, Job, Limits
 from heapd.manager.names import Waiter
-from heapd.manager.sessions import Session
+from heapd.manager.sessions import KEPT_REPLIES, Session
 
-__all__ = ["HeapManager", "Job", "Limits", "Session", "Waiter"]
+__all__ = ["KEPT_REPLIES", "HeapManager", "Job", "Limits", "Session", "Waiter"]

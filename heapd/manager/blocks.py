@@ -15,7 +15,7 @@ from heapd.errors import (
 )
 from heapd.heap import SLICE_BYTES
 from heapd.layout import MAX_BLOCK_SIZE
-from heapd.manager.directory import Directory, Job
+from heapd.manager.directory import Directory, Job, Unanswered
 from heapd.manager.quota import Quotas
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
@@ -93,36 +93,50 @@ class BlockOperations:
         return grants
 
     def _alloc_many_large(self, session: Session, shared: SharedHeap, sizes: list[int]) -> Job:
-        grants: list[Grant] = []
-        spent = 0
+        unanswered = self._directory.expect(shared)
+        grants = unanswered.grants
         try:
-            for size in sizes:
-                # A slice later another request of the session may have had what was admitted.
-                self._quotas.check(session, shared, extent_of(size))
-                if size > SLICE_BYTES:
-                    grants.append((yield from shared.heap.alloc_in_slices(size, session.number)))
-                else:
-                    grants.append(shared.heap.alloc(size, session.number))
-                    spent += size + SLICE_BYTES // 4 // _BLOCKS_A_SLICE
-                    if spent > SLICE_BYTES // 4:
-                        spent = 0
-                        yield
-                if shared.is_destroyed:
-                    raise HeapDestroyedError("the heap was destroyed while the blocks were allocated")
+            yield from self._alloc_all(session, unanswered, sizes)
         except HeapFullError as error:
             self._undo(shared, grants)
+            self._directory.resolve(unanswered)
             yield from self._directory.settle()
             raise self._restated(error, sum(sizes)) from None
+        finally:
+            self._directory.resolve(unanswered)
         if not session.is_live and not shared.is_destroyed:
             self._undo(shared, grants)
             yield from self._directory.settle()
         return grants
+
+    def _alloc_all(self, session: Session, unanswered: Unanswered, sizes: list[int]) -> Job:
+        """Allocate a block for each of the sizes, in slices. Raises: HeapFullError, HeapDestroyedError."""
+        shared = unanswered.shared
+        spent = 0
+        for size in sizes:
+            # A slice later another request of the session may have had what was admitted.
+            self._quotas.check(session, shared, extent_of(size))
+            if size > SLICE_BYTES:
+                unanswered.add((yield from shared.heap.alloc_in_slices(size, session.number)))
+            else:
+                unanswered.add(shared.heap.alloc(size, session.number))
+                spent += size + SLICE_BYTES // 4 // _BLOCKS_A_SLICE
+                if spent > SLICE_BYTES // 4:
+                    spent = 0
+                    yield None
+            if shared.is_destroyed:
+                raise HeapDestroyedError("the heap was destroyed while the blocks were allocated")
 
     def _restated(self, error: HeapFullError, requested: int) -> HeapFullError:
         """The error of a step, as one of the whole request, whose earlier steps were undone."""
         if error.bound in ("commit", "memory"):
             return error.for_request(requested, self._directory.arena.budget.committed)
         return error.for_request(requested)
+
+    def forget(self, unanswered: Unanswered) -> None:
+        """Undo what an earlier process did for a request that it did not come to answer."""
+        self._undo(unanswered.shared, unanswered.grants)
+        self._directory.resolve(unanswered)
 
     @staticmethod
     def _undo(shared: SharedHeap, grants: list[Grant]) -> None:
@@ -219,7 +233,7 @@ class BlockOperations:
         for seen, (_, address) in enumerate(shared.heap.lent_slots(), 1):
             taken += shared.heap.give_back(address, session.number)
             if seen % _WORDS_A_SLICE == 0:
-                yield
+                yield None
                 if shared.is_destroyed:
                     return taken
         shared.heap.drop_empty_slabs()

@@ -21,6 +21,7 @@ from heapd.errors import (
     NotPermittedError,
 )
 from heapd.heap import NOBODY, Heap, collect_statistics, recount, validate_block, validate_heap, walk
+from heapd.journal import LEAVE, NO_HEAP, OWNERS
 from heapd.layout import (
     BUSY,
     F_EXECUTABLE,
@@ -35,6 +36,7 @@ from heapd.layout import (
 from heapd.manager.blocks import BlockOperations
 from heapd.manager.directory import Directory, Job, Limits
 from heapd.manager.executable import check_executable
+from heapd.manager.ledger import Ledger, Records, Volume, restore_arena, restore_directory, retell
 from heapd.manager.names import Waiter
 from heapd.manager.naming import NameOperations
 from heapd.manager.quota import Quotas
@@ -54,6 +56,10 @@ _DEFAULT_COMMIT: Final = 4 * KIB
 _WORDS_A_SLICE: Final = 5_000
 
 
+def _forget(session: Session | None, request_id: int, answer: bytes) -> None:
+    """Without a ledger nothing lasts."""
+
+
 class HeapManager:
     """The daemon's records: sessions, heaps, names.
 
@@ -68,8 +74,12 @@ class HeapManager:
         self.limits = self._directory.limits
         self.sessions = self._directory.sessions
         self.heaps = self._directory.heaps
+        self._note = arena.journal.note
+        self._ledger = arena.journal if isinstance(arena.journal, Ledger) else None
+        self._commit = _forget if self._ledger is None else self._ledger.commit
         self._quotas = Quotas(self.limits.session_quota)
-        blocks, names = BlockOperations(self._directory, self._quotas), NameOperations(self._directory)
+        self._blocks = blocks = BlockOperations(self._directory, self._quotas)
+        names = NameOperations(self._directory)
         self._handlers: dict[type[m.Request], Callable[[Session, Any], Any]] = {
             m.SessionClose: lambda session, request: self.end_session(session),
             m.SessionList: self._list_sessions,
@@ -99,15 +109,99 @@ class HeapManager:
             m.NameList: names.list_names,
         }
 
+    @classmethod
+    def create(
+        cls,
+        arena: Arena,
+        ledger: str,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        limits: Limits | None = None,
+    ) -> HeapManager:
+        """A manager of a new arena, whose records are kept in a segment of their own, named `ledger`.
+
+        Raises: SegmentError if that cannot be made; nothing of it is left.
+        """
+        volume = Volume.create(
+            ledger,
+            instance=arena.instance,
+            page_count=arena.shape.page_count,
+            commit_limit=arena.budget.limit,
+        )
+        try:
+            arena.journal = journal = Ledger(volume, arena.words)
+            manager = cls(arena, clock=clock, limits=limits)
+            journal.begin(retell(manager._directory))
+        except BaseException:
+            volume.remove()
+            raise
+        return manager
+
+    @classmethod
+    def recover(
+        cls,
+        arena: str,
+        ledger: str,
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+        limits: Limits | None = None,
+    ) -> HeapManager:
+        """The manager that an earlier process was, from its arena and its ledger: names of segments.
+
+        Heaps, blocks, sessions, names and remembered answers are as they were. The caller looks which sessions'
+        processes live, ends the others, and runs what `resume` gives.
+
+        Raises: SegmentError, saying why that is impossible. Neither segment is harmed.
+        """
+        volume = Volume.open(ledger)
+        try:
+            records = Records.read(volume.active.frames(), volume.page_count)
+            memory = restore_arena(arena, volume, records, volume.count_incarnation())
+        except BaseException:
+            volume.segment.close()
+            raise
+        volume.active.trim()
+        volume.spare.wipe_all()
+        memory.journal = journal = Ledger(volume, memory.words, records.sequence)
+        manager = cls(memory, clock=clock, limits=limits)
+        restore_directory(manager._directory, records, is_applied=volume.applied == records.sequence)
+        volume.applied = records.sequence
+        for shared in manager.heaps.values():
+            shared.heap.drop_unfinished()
+        for unanswered in list(manager._directory.unanswered.values()):
+            manager._blocks.forget(unanswered)
+        journal.commit(None, 0, b"")
+        return manager
+
+    def resume(self) -> list[Job]:
+        """What the earlier process had begun and nobody waits for: ends of sessions, memory to be decommitted; and
+        what it knew and did not record: what each session has of each heap."""
+        jobs = [self._finish_end(session) for session in self.sessions if session.is_ending]
+        counts = [recount(shared.heap, NOBODY, shared.openers, NOBODY) for shared in self.heaps.values()]
+        return [*jobs, *counts, self._directory.settle()]
+
+    def commit(self, session: Session | None, request_id: int, answer: bytes) -> None:
+        """What was changed since the last call is to last, and with it the answer to a request of the session (0, b"":
+        none). To be called before the answer is sent, and after each slice of a job."""
+        self._commit(session, request_id, answer)
+
+    def take_chores(self) -> list[Job]:
+        """Jobs that are due for the manager's own sake."""
+        if self._ledger is None or not self._ledger.is_large:
+            return []
+        return [self._ledger.compact(retell(self._directory))]
+
     def handle(self, session: Session, request: m.Request) -> Any:
         """Do what a live session asks. Returns: the answer, a Job or a Waiter. Raises: HeapdError."""
         session.requests += 1
+        if self._ledger is not None and not request.is_idempotent:
+            self._ledger.check_room()
         return self._handlers[type(request)](session, request)
 
     # -- sessions ----------------------------------------------------------------------------------------------------
-    def open_session(self, pid: int, uid: int) -> Session:
-        """Raises: LimitError."""
-        return self.sessions.open(pid, uid, self._directory.clock())
+    def open_session(self, pid: int, uid: int, start_time: int = 0) -> Session:
+        """A session for a process. Args: start_time (clock ticks after boot, 0: unknown). Raises: LimitError."""
+        return self.sessions.open(pid, uid, start_time, self._directory.clock())
 
     @property
     def live_session_count(self) -> int:
@@ -120,8 +214,13 @@ class HeapManager:
         self.sessions.end(session)
         self._directory.room.session_gone(session)
         session.heaps.update((shared.heap_id, shared) for shared in session.closed if not shared.is_destroyed)
-        for shared in list(session.heaps.values()):
+        for shared in session.heaps.values():
             shared.openers.discard(session.number)
+        yield from self._finish_end(session)
+
+    def _finish_end(self, session: Session) -> Job:
+        """What end_session has to do in slices; an end that the daemon's death cut short is taken up here."""
+        for shared in list(session.heaps.values()):
             if not self._must_go(shared, session):
                 yield from self._reap(shared, session)
             # A reap yields: the heap may have lost its last session, or gone, meanwhile.
@@ -129,9 +228,11 @@ class HeapManager:
                 yield from self._destroy(shared)
             session.heaps.pop(shared.heap_id, None)
         session.default_heap = None
+        session.closed.clear()
         for shared in self.heaps.values():
             if shared.creator == session.number:
                 shared.creator = 0  # the number may be another's soon
+        self.sessions.settle(session)
         self.sessions.retire({number for shared in self.heaps.values() for number in shared.orphan_owners})
 
     @staticmethod
@@ -154,10 +255,11 @@ class HeapManager:
             elif not self.sessions.is_live(number):
                 owners.add(number)
             if seen % _WORDS_A_SLICE == 0:
-                yield
+                yield None
                 if shared.is_destroyed:
                     return
         shared.orphan_owners = owners
+        self._note((OWNERS, shared.index, list(owners)))
         yield from recount(heap, session.number, shared.openers, NOBODY)
         yield from self._directory.settle()
 
@@ -227,6 +329,7 @@ class HeapManager:
             self._directory.controls.abandon(heap_id)
             raise
         shared = SharedHeap(heap_id, name, flags, heap, session.number, is_default, quota=quota, initial=initial)
+        self._note(shared.change())
         self.heaps[heap_id] = self._directory.by_index[index] = shared
         if name is not None:
             self._directory.by_name[name] = shared
@@ -265,6 +368,7 @@ class HeapManager:
             raise NotPermittedError("an anonymous heap lives as long as the session that made it; destroy it instead")
         shared.openers.discard(session.number)
         del session.heaps[request.heap]
+        self._note((LEAVE, session.number, shared.heap_id))
         session.closed = {other for other in session.closed if not other.is_destroyed} | {shared}
         return self._destroy(shared) if self._must_go(shared, session) else None
 
@@ -288,8 +392,9 @@ class HeapManager:
             if session is not None:
                 session.heaps.pop(shared.heap_id, None)
         self._directory.room.heap_gone(shared.heap_id)
+        self._note((NO_HEAP, shared.index))
         shared.heap.close()
-        yield from self._directory.settle()
+        yield from self._directory.settle_then(None)
 
     def _list_heaps(self, session: Session, request: m.HeapList) -> list[tuple[Any, ...]]:
         wanted = self.heaps
@@ -369,5 +474,7 @@ class HeapManager:
         }
 
     def shutdown(self) -> None:
-        """Mark the arena as stopped on purpose and unlink it."""
+        """Mark the arena as stopped on purpose and unlink it, and with it the ledger."""
         self.arena.stop()
+        if self._ledger is not None:
+            self._ledger.volume.remove()

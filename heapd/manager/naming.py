@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from heapd.errors import HeapdError, LimitError, NoSuchNameError, NotABlockError, StaleHandleError
+from heapd.journal import NAME, NO_NAME
 from heapd.manager.directory import Directory
 from heapd.manager.names import Waiter
 from heapd.manager.sessions import Session
@@ -23,6 +24,7 @@ class NameOperations:
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
+        self._note = directory.arena.journal.note
 
     def publish(self, session: Session, request: m.NamePublish) -> None:
         shared = self._directory.locate(session, request.heap)
@@ -36,6 +38,7 @@ class NameOperations:
             raise LimitError(f"the heap has {len(shared.names)} names, the limit", limit=self._directory.limits.names)
         _, _, slot = shared.heap.locate(request.address)
         shared.names[request.block_name] = slot, request.address, request.generation
+        self._note((NAME, shared.index, request.block_name, slot, request.address, request.generation))
         publication = self._publication(shared, request.block_name)
         if publication is None:  # its word has changed since it was checked: clients write it
             raise StaleHandleError(f"the block at {request.address:#x} was freed while it was published")
@@ -59,6 +62,7 @@ class NameOperations:
             shared.heap.check_free(address, generation)
         except HeapdError:
             del shared.names[name]
+            self._note((NO_NAME, shared.index, name))
             return None
         return Publication(name, slot, address, generation, form.size(self._directory.arena.words[slot]))
 
@@ -83,6 +87,7 @@ class NameOperations:
         shared = self._directory.locate(session, request.heap)
         if shared.names.pop(request.block_name, None) is None:
             raise NoSuchNameError(f"nothing is published as {request.block_name!r} in this heap")
+        self._note((NO_NAME, shared.index, request.block_name))
 
     def list_names(self, session: Session, request: m.NameList) -> list[tuple[Any, ...]]:
         shared = self._directory.locate(session, request.heap)

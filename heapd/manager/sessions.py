@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from heapd.errors import LimitError
+from heapd.journal import ENDED, ENDING, RETIRED, SESSION, Journal
 from heapd.layout import SESSION_MASK
 from heapd.records import SessionInfo
 
 if TYPE_CHECKING:
     from heapd.manager.shared import SharedHeap
 
-__all__ = ["Session", "Sessions"]
+__all__ = ["KEPT_REPLIES", "Session", "Sessions"]
 
 TOKEN_BYTES = 16
+KEPT_REPLIES = 64  # a session; arbitrary: more than the threads of a process that wait at once
 
 
 @dataclass(slots=True, eq=False)
@@ -28,22 +30,27 @@ class Session:
     """One client.
 
     Fields: number (in state words), token (16 random bytes, proves on the work socket who is calling), pid, uid,
-    opened_ns, heaps (it has open, by id), closed (heaps it had open: blocks of it may lie there), default_heap,
-    requests (so far), waiters (names it waits for now), is_live, allowance (bytes that it may be lent before its
-    quota is reckoned again).
+    start_time (of the process, clock ticks after boot), opened_ns, heaps (it has open, by id; of an ended one: those
+    that its end has still to go through), closed (heaps it had open: blocks of it may lie there), default_heap,
+    requests (so far), waiters (names it waits for now), replies (its last answers by request id, oldest first),
+    is_live, is_ending (its end has begun and is not done), allowance (bytes that it may be lent before its quota is
+    reckoned again).
     """
 
     number: int
     token: bytes
     pid: int
     uid: int
+    start_time: int
     opened_ns: int
     heaps: dict[int, SharedHeap] = field(default_factory=dict)
     closed: set[SharedHeap] = field(default_factory=set)
     default_heap: SharedHeap | None = None
     requests: int = 0
     waiters: int = 0
+    replies: dict[int, bytes] = field(default_factory=dict)
     is_live: bool = True
+    is_ending: bool = False
     allowance: int = 0
 
     def info(self, now_ns: int) -> SessionInfo:
@@ -62,11 +69,13 @@ class Session:
 class Sessions:
     """All sessions. A number is used again only when no block names the session that had it, and oldest first."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, journal: Journal) -> None:
+        self._journal = journal
         self._limit = min(limit, SESSION_MASK)
         self._by_number: dict[int, Session] = {}
         self._ended: dict[int, Session] = {}  # left blocks behind
         self._unused = deque(range(1, SESSION_MASK + 1))
+        self.last_number = 0  # given out
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -76,15 +85,25 @@ class Sessions:
         yield from list(self._by_number.values())
         yield from list(self._ended.values())
 
-    def open(self, pid: int, uid: int, now_ns: int) -> Session:
+    def open(self, pid: int, uid: int, start_time: int, now_ns: int) -> Session:
         """Raises: LimitError if there are as many as may be."""
         if len(self._by_number) >= self._limit or not self._unused:
             raise LimitError(
                 f"the daemon has {len(self._by_number)} sessions, its limit; close some", limit=self._limit
             )
-        session = Session(self._unused.popleft(), os.urandom(TOKEN_BYTES), pid, uid, now_ns)
+        self.last_number = self._unused.popleft()
+        session = Session(self.last_number, os.urandom(TOKEN_BYTES), pid, uid, start_time, now_ns)
         self._by_number[session.number] = session
+        self._journal.note((SESSION, session.number, session.token, pid, uid, start_time, now_ns))
         return session
+
+    def restore(self, sessions: Iterable[Session], last_number: int) -> None:
+        """Take over the sessions of an earlier process. Their numbers went round: the longest unused comes next."""
+        for session in sessions:
+            (self._by_number if session.is_live else self._ended)[session.number] = session
+        self.last_number = last_number
+        numbers = [*range(last_number + 1, SESSION_MASK + 1), *range(1, last_number + 1)]
+        self._unused = deque(number for number in numbers if not self.is_known(number))
 
     def find(self, number: int) -> Session | None:
         """The session of that number, live or ended with blocks left."""
@@ -99,8 +118,15 @@ class Sessions:
     def end(self, session: Session) -> None:
         """The session is not live from now on; its number stays taken until `retire`."""
         session.is_live = False
+        session.is_ending = True
         self._by_number.pop(session.number, None)
         self._ended[session.number] = session
+        self._journal.note((ENDING, session.number))
+
+    def settle(self, session: Session) -> None:
+        """Nothing is left to do for the end of the session."""
+        session.is_ending = False
+        self._journal.note((ENDED, session.number))
 
     def retire(self, named: set[int]) -> None:
         """Let the numbers of ended sessions be used again, except those `named` in state words."""
@@ -108,3 +134,4 @@ class Sessions:
             if not self._ended[number].heaps:  # else its end is still being worked on
                 del self._ended[number]
                 self._unused.append(number)
+                self._journal.note((RETIRED, number))

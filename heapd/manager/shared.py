@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from heapd.arena import Arena
 from heapd.errors import LimitError
 from heapd.heap import Heap
+from heapd.journal import EPOCH, HEAP, Change
 from heapd.layout import (
     C_ACQUIRED,
     C_CONTENDED,
@@ -51,6 +52,24 @@ class SharedHeap:
     is_destroyed: bool = False
     quota: int = 0
     initial: int = 0
+
+    def change(self) -> Change:
+        """What the journal is told of a heap that is made."""
+        heap = self.heap
+        return (
+            HEAP,
+            self.index,
+            self.heap_id,
+            self.name,
+            self.flags,
+            self.creator,
+            self.is_default,
+            heap.maximum,
+            heap.max_block,
+            heap.space.initial,
+            self.initial,
+            self.quota,
+        )
 
     @property
     def index(self) -> int:
@@ -108,9 +127,35 @@ class Controls:
             init(self._base + self._arena.shape.mutex_address(index))
             self._next_index += 1
             self._epochs.append(0)
+            self._set_epoch(index, 0)
         heap_id = self._next_serial << HEAP_INDEX_BITS | index
         self._next_serial += 1
         return heap_id
+
+    @property
+    def next_serial(self) -> int:
+        """Of the next heap's id."""
+        return self._next_serial
+
+    @property
+    def epochs(self) -> list[int]:
+        """Of every control block that was ever used, by index."""
+        return self._epochs
+
+    def restore(self, epochs: list[int], next_serial: int, heap_flags: dict[int, int]) -> None:
+        """Take over the control blocks of an earlier process; what they say is written anew, but for mutexes and their
+        counters. Args: epochs (by index), heap_flags (heap id -> F_*, of the heaps there are)."""
+        self._epochs = list(epochs)
+        self._next_index = len(epochs)
+        self._next_serial = next_serial
+        used = {heap_id & _INDEX_MASK: heap_id for heap_id in heap_flags}
+        words = self._arena.words
+        for index in range(self._next_index):
+            slot, heap_id = self._arena.shape.control_slot(index), used.get(index, 0)
+            words[slot + C_HEAP_ID] = heap_id
+            words[slot + C_FLAGS] = heap_flags.get(heap_id, 0)
+            words[slot + C_LIVE] = epochs[index] << 1 | (heap_id > 0)
+        self._unused = [index for index in range(self._next_index) if index not in used]
 
     def was_used(self, heap_id: int) -> bool:
         """True if a heap of that id was made at some time."""
@@ -130,13 +175,17 @@ class Controls:
 
     def bump(self, heap_id: int) -> None:
         """Make every front end look up at its next operation."""
-        self._epochs[heap_id & _INDEX_MASK] += 1
+        self._set_epoch(heap_id & _INDEX_MASK, self.epoch(heap_id) + 1)
         self._arena.words[self._slot(heap_id) + C_LIVE] = self.epoch(heap_id) << 1 | 1
+
+    def _set_epoch(self, index: int, epoch: int) -> None:
+        self._epochs[index] = epoch
+        self._arena.journal.note((EPOCH, index, epoch))
 
     def release(self, heap_id: int) -> None:
         """The heap is gone: its live word says so first."""
         words, slot = self._arena.words, self._slot(heap_id)
-        self._epochs[heap_id & _INDEX_MASK] += 1
+        self._set_epoch(heap_id & _INDEX_MASK, self.epoch(heap_id) + 1)
         words[slot + C_LIVE] = self.epoch(heap_id) << 1
         words[slot + C_HEAP_ID] = 0
         self._unused.append(heap_id & _INDEX_MASK)

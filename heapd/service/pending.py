@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, Final
 
 from heapd.errors import HeapdError, InternalError
+from heapd.manager import KEPT_REPLIES
 from heapd.records import as_tuple
 from heapd.service.backend import Job, Waiter
 from heapd.wire import encode_error, encode_reply
@@ -15,7 +17,6 @@ __all__ = ["Deferred", "ReplyMemory", "RunningJob", "answer_of_fault"]
 
 log = logging.getLogger("heapd.service")
 
-_KEPT_REPLIES: Final = 64  # a session; arbitrary: more than the threads of a process that wait at once
 _KEPT_BYTES: Final = 256 * 1024  # a session; arbitrary: two full alloc_many answers
 
 
@@ -25,6 +26,13 @@ def answer_of_fault(request_id: int, what: str) -> bytes:
     return encode_error(request_id, InternalError(f"{what} met a fault inside the daemon; its log has the details"))
 
 
+Commit = Callable[[int, bytes], object]  # (request id, its answer), or (0, b""): what changed is to last
+
+
+def _nothing(request_id: int, answer: bytes) -> None:
+    pass
+
+
 class RunningJob:
     """A job of the manager's with the answer that its end makes.
 
@@ -32,7 +40,7 @@ class RunningJob:
     loop's: where to answer), answer (the frame, once step() has returned True; None where nobody waits).
     """
 
-    __slots__ = ("_is_kept", "_job", "_memory", "answer", "reply_to", "request_id", "what")
+    __slots__ = ("_commit", "_decided", "_is_kept", "_job", "_memory", "answer", "reply_to", "request_id", "what")
 
     def __init__(
         self,
@@ -42,9 +50,13 @@ class RunningJob:
         memory: ReplyMemory | None = None,
         *,
         is_kept: bool = True,
+        commit: Commit = _nothing,
     ) -> None:
-        """`memory` is where the request is unfinished until the answer is there; with `is_kept` the answer stays."""
+        """`memory` is where the request is unfinished until the answer is there; with `is_kept` the answer stays.
+        `commit` is called after each slice, once with the answer that stays."""
         self._job = job
+        self._commit = commit
+        self._decided: bytes | None = None
         self._memory = memory
         self._is_kept = is_kept
         self.what = what
@@ -56,8 +68,7 @@ class RunningJob:
         """Run one slice. Returns: True if that was the last."""
         request_id = self.request_id or 0
         try:
-            next(self._job)
-            return False
+            decided = next(self._job)
         except StopIteration as end:
             answer = _encode(request_id, end.value, self.what)
         except HeapdError as error:
@@ -66,11 +77,31 @@ class RunningJob:
             answer = encode_error(request_id, error)
         except Exception:
             answer = answer_of_fault(request_id, self.what)
-        if self.request_id is not None:
-            self.answer = answer
-            if self._memory is not None:
-                self._memory.settle(self.request_id, answer if self._is_kept else None)
+        else:
+            if decided is None or self._decided is not None or not self._is_kept:
+                self._commit(0, b"")
+            else:
+                self._decide(request_id, _encode(request_id, decided.answer, self.what))
+            return False
+        self._end(self._decided or answer)
         return True
+
+    def _decide(self, request_id: int, answer: bytes) -> None:
+        """The answer is known before the job is done; should this process die now, the next one gives it."""
+        self._decided = answer
+        if self._memory is not None:
+            self._memory.keep(request_id, answer)
+        self._commit(request_id, answer)
+
+    def _end(self, answer: bytes) -> None:
+        is_news = self._is_kept and self._decided is None
+        if self.request_id is None:
+            self._commit(0, b"")
+            return
+        self.answer = answer
+        if self._memory is not None:
+            self._memory.settle(self.request_id, answer if is_news else None)
+        self._commit(*(self.request_id, answer) if is_news else (0, b""))
 
 
 class Deferred:
@@ -116,10 +147,11 @@ class ReplyMemory:
 
     __slots__ = ("_bytes", "_kept", "unfinished")
 
-    def __init__(self) -> None:
+    def __init__(self, kept: dict[int, bytes] | None = None) -> None:
+        """`kept` is where answers are kept, oldest first: with the manager, which has them after a restart, too."""
         self.unfinished: dict[int, RunningJob | Deferred] = {}
-        self._kept: dict[int, bytes] = {}  # oldest first
-        self._bytes = 0
+        self._kept = {} if kept is None else kept
+        self._bytes = sum(map(len, self._kept.values()))
 
     def __len__(self) -> int:
         """Answers kept."""
@@ -134,7 +166,7 @@ class ReplyMemory:
         kept = self._kept
         kept[request_id] = answer
         self._bytes += len(answer)
-        while len(kept) > _KEPT_REPLIES or (self._bytes > _KEPT_BYTES and len(kept) > 1):
+        while len(kept) > KEPT_REPLIES or (self._bytes > _KEPT_BYTES and len(kept) > 1):
             self._bytes -= len(kept.pop(next(iter(kept))))
 
     def settle(self, request_id: int, answer: bytes | None) -> None:

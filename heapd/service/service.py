@@ -12,12 +12,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import GeneratorType
 from typing import Any, Final
 
 from heapd.errors import AccessError, DaemonStoppedError, HeapdError, LimitError, SessionLostError, VersionError
 from heapd.layout import LAYOUT_VERSION
-from heapd.service.backend import Caller, Manager, Peer, Session
+from heapd.service.backend import Caller, Job, Manager, Peer, Session
 from heapd.service.histogram import Histogram
 from heapd.service.pending import Deferred, ReplyMemory, RunningJob, answer_of_fault
 from heapd.wire import (
@@ -118,8 +119,11 @@ class Service:
             answer = self._execute(session, request_id, request, memory)
         if not isinstance(answer, bytes):
             memory.unfinished[request_id] = answer
-        elif not request.is_idempotent:
+        elif request.is_idempotent:
+            self._manager.commit(session, 0, b"")
+        else:
             memory.keep(request_id, answer)
+            self._manager.commit(session, request_id, answer)
         return answer
 
     def _execute(self, session: Session, request_id: int, request: Request, memory: ReplyMemory) -> Answer:
@@ -133,7 +137,14 @@ class Service:
             if outcome is None or isinstance(outcome, (tuple, list)):
                 return encode_reply(request_id, outcome)
             if isinstance(outcome, GeneratorType):
-                job = RunningJob(outcome, request.name, request_id, memory, is_kept=not request.is_idempotent)
+                job = RunningJob(
+                    outcome,
+                    request.name,
+                    request_id,
+                    memory,
+                    is_kept=not request.is_idempotent,
+                    commit=partial(self._manager.commit, session),
+                )
                 # The first slice at once: what follows on the same socket finds it begun, and most jobs done.
                 return (job.answer or b"") if job.step() else job
             if hasattr(outcome, "ready"):
@@ -217,10 +228,9 @@ class Service:
                 f"process {peer.pid} has {len(peer.sessions)} sessions open, and may have no more",
                 limit=self._max_process_sessions,
             )
-        session = self._manager.open_session(peer.pid, peer.uid)
-        peer.sessions[session.token] = session
-        self._peers[session.token] = peer
-        self._known[session.token] = session, ReplyMemory()
+        session = self._manager.open_session(peer.pid, peer.uid, peer.start_time)
+        self.adopt(session, peer)
+        self._manager.commit(session, 0, b"")
         log.info(
             "session %d opened by process %d",
             session.number,
@@ -242,6 +252,12 @@ class Service:
             "name": who.name,
             "version": who.version,
         }
+
+    def adopt(self, session: Session, peer: Peer) -> None:
+        """Serve a session: a new one, or one that an earlier process of this daemon had opened."""
+        peer.sessions[session.token] = session
+        self._peers[session.token] = peer
+        self._known[session.token] = session, ReplyMemory(session.replies)
 
     def status(self) -> dict[str, Any]:
         """What the daemon is doing: plain values by name, as PROTOCOL.md lists them."""
@@ -273,9 +289,14 @@ class Service:
     # -- ends of sessions --------------------------------------------------------------------------------------------
     def _close(self, session: Session, request_id: int, memory: ReplyMemory) -> Answer:
         log.info("session %d closed", session.number, extra={"session": session.number})
-        return self._begin_end(
-            session, RunningJob(self._manager.end_session(session), "session.close", request_id, memory)
+        job = RunningJob(
+            self._manager.end_session(session),
+            "session.close",
+            request_id,
+            memory,
+            commit=partial(self._manager.commit, session),
         )
+        return self._begin_end(session, job)
 
     def end_process(self, peer: Peer) -> list[RunningJob]:
         """End every session of a process that has died. Returns: the jobs that have more to do."""
@@ -288,10 +309,22 @@ class Service:
                 extra={"session": session.number, "client": peer.pid},
             )
             what = f"the end of session {session.number}"
-            job = self._begin_end(session, RunningJob(self._manager.end_session(session), what))
+            job = self._begin_end(session, self._background(self._manager.end_session(session), what, session))
             if isinstance(job, RunningJob):
                 jobs.append(job)
         return jobs
+
+    def resume(self) -> list[RunningJob]:
+        """What an earlier process of this daemon had begun and nobody waits for: the jobs that have more to do."""
+        jobs = [self._background(job, "work that a restart cut short") for job in self._manager.resume()]
+        return [job for job in jobs if not job.step()]
+
+    def take_chores(self) -> list[RunningJob]:
+        """Work of the manager's own that is due; each is returned once."""
+        return [self._background(job, "a chore") for job in self._manager.take_chores()]
+
+    def _background(self, job: Job, what: str, session: Session | None = None) -> RunningJob:
+        return RunningJob(job, what, commit=partial(self._manager.commit, session))
 
     def _begin_end(self, session: Session, job: RunningJob) -> Answer:
         """Run the first slice at once, so that no request of the session is carried out from here on."""

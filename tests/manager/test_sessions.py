@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from heapd.errors import LimitError
+from heapd.journal import Journal
 from heapd.layout import SESSION_MASK
 from heapd.manager import HeapManager
 from heapd.manager.sessions import Sessions
@@ -42,17 +43,17 @@ def test_ending_twice_does_nothing_the_second_time(client: Client, manager: Heap
 
 def test_numbers_of_ended_sessions_are_used_again_oldest_last() -> None:
     """So that a number is as rarely as possible seen twice in a short time."""
-    sessions = Sessions(4)
-    first = sessions.open(1, 1, 0)
+    sessions = Sessions(4, Journal(memoryview(b"")))
+    first = sessions.open(1, 1, 0, 0)
     sessions.end(first)
     sessions.retire(set())
-    assert sessions.open(1, 1, 0).number == 2
+    assert sessions.open(1, 1, 0, 0).number == 2
     for _ in range(SESSION_MASK - 2):
-        session = sessions.open(1, 1, 0)
+        session = sessions.open(1, 1, 0, 0)
         sessions.end(session)
         sessions.retire(set())
     assert session.number == SESSION_MASK
-    assert sessions.open(1, 1, 0).number == first.number
+    assert sessions.open(1, 1, 0, 0).number == first.number
 
 
 # -- numbers and orphans -----------------------------------------------------------------------------------------------
@@ -145,24 +146,24 @@ def test_a_session_s_info_counts_heaps_and_requests_and_tells_its_age(client: Cl
 
 def test_sessions_are_limited_and_the_error_says_how_many(manager: HeapManager) -> None:
     """A closed one makes room."""
-    sessions = Sessions(2)
-    one = sessions.open(1, 1, 0)
-    sessions.open(2, 1, 0)
+    sessions = Sessions(2, Journal(memoryview(b"")))
+    one = sessions.open(1, 1, 0, 0)
+    sessions.open(2, 1, 0, 0)
     with pytest.raises(LimitError) as refused:
-        sessions.open(3, 1, 0)
+        sessions.open(3, 1, 0, 0)
     assert refused.value.details["limit"] == 2
     sessions.end(one)
     sessions.retire(set())
-    sessions.open(3, 1, 0)
+    sessions.open(3, 1, 0, 0)
 
 
 def test_more_sessions_than_numbers_is_a_limit_too() -> None:
     """However large the configured limit."""
-    sessions = Sessions(10**6)
+    sessions = Sessions(10**6, Journal(memoryview(b"")))
     for _ in range(SESSION_MASK):
-        sessions.open(1, 1, 0)
+        sessions.open(1, 1, 0, 0)
     with pytest.raises(LimitError):
-        sessions.open(1, 1, 0)
+        sessions.open(1, 1, 0, 0)
 
 
 # -- what an end takes back --------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class FakeSession:
     number: int
     token: bytes
     is_live: bool = True
+    replies: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -72,12 +73,13 @@ class FakeManager:
     ready: list[FakeWaiter] = field(default_factory=list)
     end_slices: int = 0
     has_persistent_heaps: bool = False
+    committed: list[tuple[int, bytes]] = field(default_factory=list)
 
     @property
     def live_session_count(self) -> int:
         return len(self.sessions)
 
-    def open_session(self, pid: int, uid: int) -> FakeSession:
+    def open_session(self, pid: int, uid: int, start_time: int) -> FakeSession:
         session = FakeSession(len(self.sessions) + 1, len(self.sessions).to_bytes(16, "little"))
         self.sessions[session.token] = session
         return session
@@ -96,6 +98,15 @@ class FakeManager:
     def handle(self, session: FakeSession, request: Request) -> Any:
         self.handled.append(request)
         return self.script(request)
+
+    def commit(self, session: FakeSession | None, request_id: int, answer: bytes) -> None:
+        self.committed.append((request_id, answer))
+
+    def resume(self) -> list[Any]:
+        return []
+
+    def take_chores(self) -> list[Any]:
+        return []
 
     def status(self) -> dict[str, Any]:
         return {"heaps": 0}

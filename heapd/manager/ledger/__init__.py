@@ -1,0 +1,9 @@
+"""The daemon's private records in a segment of their own, so that its death loses none of them."""
+
+from heapd.manager.ledger.ledger import Ledger
+from heapd.manager.ledger.records import Records
+from heapd.manager.ledger.recovery import restore_arena, restore_directory
+from heapd.manager.ledger.retelling import retell
+from heapd.manager.ledger.volume import Volume
+
+__all__ = ["Ledger", "Records", "Volume", "restore_arena", "restore_directory", "retell"]

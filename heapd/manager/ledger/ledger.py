@@ -1,0 +1,161 @@
+"""The journal that writes down: changes of one request together with its answer, as one record.
+
+`commit` comes after a request was executed and before its answer is sent. Until then nothing is recorded of it, and
+after it everything: whoever died in between asks again, and is either new or answered from memory. Only then the
+stores that take blocks back and the removals of memory, which had to wait, are carried out; `applied` says so.
+
+Compaction retells all records to the other log, in slices of the loop, while new records go to both, and then makes
+that one count. So there is no snapshot format: a snapshot is a log that begins by retelling.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Final
+
+import msgpack
+
+from heapd.errors import HeapFullError, SegmentError
+from heapd.journal import WORD, Change, Journal
+from heapd.manager.ledger.volume import Log, Volume
+from heapd.units import MIB
+
+if TYPE_CHECKING:
+    from heapd.manager.sessions import Session
+
+__all__ = ["Ledger", "Telling"]
+
+log = logging.getLogger("heapd.manager")
+
+# What a retelling is made of: session number, requests, request id, answer, changes; as a record, but its sequence.
+Telling = tuple[int, int, int, bytes, list[Change]]
+
+_SMALL: Final = 4 * MIB  # a log up to here is never compacted; arbitrary: 40,000 requests
+_SLICE_NS: Final = 1_000_000  # of a compaction; arbitrary, a few requests' worth
+
+
+class Ledger(Journal):
+    """Writes records to a volume. Args: words (the arena as "Q"), sequence (of the last record in the volume)."""
+
+    def __init__(self, volume: Volume, words: memoryview, sequence: int = 0) -> None:
+        super().__init__(words)
+        self.volume = volume
+        self.sequence = sequence
+        self._log = volume.active
+        self._next: Log | None = None  # being compacted to
+        self._threshold = _SMALL
+        self._pack = msgpack.Packer().pack
+        self._changes: list[Change] = []
+        self._stores: list[tuple[int, int]] = []
+        self._actions: list[Callable[[], object]] = []
+        self.note = self._changes.append
+
+    # -- the journal ---------------------------------------------------------------------------------------------------
+    def store(self, slot: int, word: int) -> None:
+        self._stores.append((slot, word))
+
+    def restate(self, slot: int, word: int) -> None:
+        self.note((WORD, slot, word))
+        self._stores.append((slot, word))
+
+    def later(self, action: Callable[[], object]) -> None:
+        self._actions.append(action)
+
+    def hasten(self) -> None:
+        while self._actions:
+            self._actions.pop(0)()
+
+    # -- records -------------------------------------------------------------------------------------------------------
+    def commit(self, session: Session | None, request_id: int, answer: bytes) -> None:
+        """Write down what changed since the last call, and what it answers, if anything (0, b""); then carry it out."""
+        changes = self._changes
+        if not changes:
+            return
+        self.sequence += 1
+        number, requests = (0, 0) if session is None else (session.number, session.requests)
+        record = self._pack((self.sequence, number, requests, request_id, answer, changes))
+        self._log.append(record)
+        if self._next is not None:
+            self._append_next(record)
+        changes.clear()
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        words = self._words
+        if self._stores:
+            for slot, word in self._stores:
+                words[slot] = word
+            self._stores.clear()
+        if self._actions:
+            self.hasten()
+        self.volume.applied = self.sequence
+
+    def check_room(self) -> None:
+        """Raises: HeapFullError if there may be no memory to write a request's changes down: it must not begin."""
+        if self._log.is_short:
+            self._log.make_room()
+            if self._log.is_short:
+                raise HeapFullError.of(
+                    "memory",
+                    requested=0,
+                    used=self._log.end,
+                    limit=self._log.end,
+                    advice="/dev/shm has no room for the daemon's own records; enlarge it, or end other programs",
+                )
+
+    # -- compaction ----------------------------------------------------------------------------------------------------
+    def begin(self, tellings: Iterator[Telling]) -> None:
+        """Write the first records of a new ledger, which then counts. Raises: SegmentError."""
+        for telling in tellings:
+            self._log.append(self._pack((0, *telling)))
+        self._changes.clear()
+        self._carry_out()
+        self.volume.seal()
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is time to compact."""
+        return self._next is None and self._log.end > self._threshold
+
+    def compact(self, tellings: Iterator[Telling]) -> Generator[None, None, None]:
+        """Make the log small again; a job. Where there is no memory for that, it ends without, and is due again."""
+        self._next = self.volume.spare
+        started, before = time.monotonic(), self._log.end
+        try:
+            deadline = time.monotonic_ns() + _SLICE_NS
+            for telling in tellings:
+                self._append_next(self._pack((0, *telling)))
+                if time.monotonic_ns() > deadline:
+                    yield
+                    deadline = time.monotonic_ns() + _SLICE_NS
+                if not self._is_compacting:
+                    break
+            else:
+                self._switch()
+                took = time.monotonic() - started
+                log.info("the ledger was compacted from %d to %d bytes in %.3f s", before, self._log.end, took)
+        finally:
+            self._next = None
+        for _ in self.volume.spare.wipe():
+            yield
+
+    @property
+    def _is_compacting(self) -> bool:
+        return self._next is not None
+
+    def _switch(self) -> None:
+        assert self._next is not None
+        self.volume.switch()
+        self._log = self._next
+        self._threshold = max(_SMALL, 2 * self._log.end)
+
+    def _append_next(self, record: bytes) -> None:
+        assert self._next is not None
+        try:
+            self._next.append(record)
+        except SegmentError as error:
+            log.warning("the ledger cannot be compacted now: %s", error)
+            self._next = None
+            self._threshold *= 2
