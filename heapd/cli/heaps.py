@@ -1,10 +1,12 @@
-"""`heapd heaps`: every heap of the daemon, how it was made and what it holds."""
+"""`heapd heaps`: every heap of the daemon, how it was made and what it holds; on request block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
+from typing import Final
 
 import click
 from rich.text import Text
@@ -21,32 +23,38 @@ from heapd.cli.tables import (
     opened_info,
     print_json,
     size_text,
+    walk_unlocked,
 )
 from heapd.errors import HeapDestroyedError, NoSuchHeapError
-from heapd.records import HeapInfo, HeapStatistics
+from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics
 from heapd.units import format_size
 from heapd.wire import Endpoint
 
 __all__ = ["heaps"]
 
+_LINES_AT_ONCE: Final = 500  # each echo flushes
+
 
 @click.command("heaps")
 @click.option("--pid", type=click.IntRange(min=1), help="Only the heaps that this process has open, its default first.")
+@click.option("--blocks", is_flag=True, help="Also every allocated block's address and size.")
 @json_option
 @endpoint_option
-def heaps(pid: int | None, as_json: bool, endpoint: Endpoint) -> None:
+def heaps(pid: int | None, blocks: bool, as_json: bool, endpoint: Endpoint) -> None:
     """List the heaps and what they hold.
 
     open: in how many sessions. fixed: it does not grow beyond that. orphaned: blocks whose session has ended.
     """
     with hc.connect(str(endpoint), autostart=False) as session:
         found = list(_with_statistics(session, session.heaps(pid)))
-    if as_json:
-        print_json([_plain(info, statistics) for info, statistics in found])
-    elif found:
-        _print(found)
-    else:
-        console().print(f"process {pid} has no heap open" if pid else "no heaps")
+        if as_json:
+            print_json([_plain(session, info, statistics, blocks) for info, statistics in found])
+        elif found:
+            _print(found)
+            if blocks:
+                _print_blocks(session, [info for info, _ in found])
+        else:
+            console().print(f"process {pid} has no heap open" if pid else "no heaps")
 
 
 def _with_statistics(session: hc.Session, infos: list[HeapInfo]) -> Iterator[tuple[HeapInfo, HeapStatistics]]:
@@ -55,8 +63,35 @@ def _with_statistics(session: hc.Session, infos: list[HeapInfo]) -> Iterator[tup
             yield info, heap.statistics()
 
 
-def _plain(info: HeapInfo, statistics: HeapStatistics) -> dict[str, object]:
-    return {**asdict(info), "options": flag_names(info), "statistics": asdict(statistics)}
+def _blocks(session: hc.Session, info: HeapInfo) -> Iterator[Entry]:
+    """The allocated blocks of a heap; they end where it is destroyed meanwhile."""
+    with suppress(NoSuchHeapError, HeapDestroyedError), opened_info(session, info) as heap:
+        yield from (entry for entry in walk_unlocked(session, heap) if entry.kind is EntryKind.BUSY)
+
+
+def _plain(session: hc.Session, info: HeapInfo, statistics: HeapStatistics, has_blocks: bool) -> dict[str, object]:
+    plain: dict[str, object] = {**asdict(info), "options": flag_names(info), "statistics": asdict(statistics)}
+    if has_blocks:
+        kept = ("address", "size", "extent", "session", "orphaned")
+        plain["blocks"] = [{name: getattr(entry, name) for name in kept} for entry in _blocks(session, info)]
+    return plain
+
+
+def _print_blocks(session: hc.Session, infos: list[HeapInfo]) -> None:
+    """Address and size (bytes) of every block, heap by heap; a million lines are no problem."""
+    for info in infos:
+        click.echo(f"\nheap {info.heap_id}, {heap_title(info)}")
+        count = size = 0
+        blocks = _blocks(session, info)
+        while chunk := list(islice(blocks, _LINES_AT_ONCE)):
+            count += len(chunk)
+            size += sum(entry.size for entry in chunk)
+            click.echo("\n".join(f"  {entry.address:#14x} {entry.size:>14}{_note(entry)}" for entry in chunk))
+        click.echo(f"  {count:,} blocks, {format_size(size)}")
+
+
+def _note(entry: Entry) -> str:
+    return "  orphaned" if entry.orphaned else ""
 
 
 def _print(found: list[tuple[HeapInfo, HeapStatistics]]) -> None:

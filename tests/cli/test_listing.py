@@ -51,6 +51,27 @@ def test_heaps_as_a_table_names_each_heap(heapd: Heapd, daemon: Daemon, session:
     assert f"(default of {session.number})" in out
 
 
+def test_heaps_with_blocks_lists_every_allocated_block(
+    heapd: Heapd, daemon: Daemon, session: hc.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heap by heap, address and size of each, and their sum; those of one process with --pid."""
+    monkeypatch.setattr("heapd.cli.heaps._LINES_AT_ONCE", 2)
+    expected = {}
+    for heap, sizes in ((session.default_heap, [10, 20, 300_000]), (session.create_heap("h"), [64] * 5)):
+        expected[heap.id] = sorted((block.address, block.size) for block in heap.alloc_many(sizes))
+        heap.alloc(64).free()
+    found = heapd("heaps", "--pid", os.getpid(), "--blocks", "--json", "-e", daemon.endpoint).json
+    listed = {heap["heap_id"]: [(block["address"], block["size"]) for block in heap["blocks"]] for heap in found}
+    assert listed == expected
+    lines = heapd("heaps", "--blocks", "-e", daemon.endpoint).out.splitlines()
+    shown = [line.split() for line in lines if line.startswith("  ") and " 0x" in line]
+    assert [(int(address, 16), int(size)) for address, size in shown] == [
+        b for found in expected.values() for b in found
+    ]
+    assert lines[-1] == "  5 blocks, 320 B"
+    assert "blocks" not in heapd("heaps", "--json", "-e", daemon.endpoint).json[0]
+
+
 def test_walk_lists_entries_that_tile_the_region(heapd: Heapd, daemon: Daemon, session: hc.Session) -> None:
     """The JSON entries after a region's own follow each other without gap, up to its end."""
     heap = session.create_heap("w")
