@@ -231,7 +231,9 @@ class Record(metaclass=RecordType):
 
     @property
     def address(self) -> int:
-        """Where it begins: bytes from the arena's base, the same in every process."""
+        """Where it begins: bytes from the arena's base, the same in every process. To ask marks the block, as making a
+        handle does: somebody may come by that address, and is told then when the record was freed."""
+        self._block.generation  # noqa: B018
         return self._start + (self._block.address if self._outer is None else self._outer.address)
 
     @property

@@ -114,6 +114,44 @@ def test_types_may_refer_to_each_other(heap: hc.Heap) -> None:
         Ref(5)  # type: ignore[arg-type]
 
 
+def test_an_address_told_elsewhere_is_as_good_as_a_link(session: hc.Session) -> None:
+    """A record found by its bare address in another session, and linked there, is found out when its owner frees it."""
+    heap = session.create_heap("told", serialize=False)
+    node = Node.alloc(heap, key=1)
+    with hc.connect(session.endpoint, autostart=False) as other:
+        there = other.open_heap("told")
+        head = Node.alloc(there, next=Node.at(there, node.address))
+        place = node.address
+        node.free()
+        del node  # nothing in its own process tells of it any more
+        again = [Node.alloc(heap, key=2) for _ in range(20)]
+        assert place in {each.address for each in again}
+        with pytest.raises(StaleHandleError):
+            print(head.next)
+
+
+def follow(head: Any, rounds: int) -> set[int | None]:
+    """In another process: what a link leads to, again and again."""
+    seen: set[int | None] = set()
+    for _ in range(rounds):
+        node = head.next
+        seen.add(None if node is None else node.key)
+    return seen
+
+
+def test_a_link_changes_by_one_store(heap: hc.Heap, session: hc.Session) -> None:
+    """While it is changed over and over, another process sees the one or the other record, nothing between."""
+    far = session.create_heap(maximum=1 << 20)  # so that the two addresses differ in more than one byte
+    near, distant = Node.alloc(heap, key=1), Node.alloc(far, key=2)
+    head = Node.alloc(heap, next=near)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        found = pool.submit(follow, head, 20_000)
+        while not found.done():
+            head.next = distant
+            head.next = near
+        assert found.result(30) == {1, 2}
+
+
 @pytest.mark.parametrize("is_serialized", [True, False])
 def test_a_link_to_a_freed_record_is_found_out(session: hc.Session, is_serialized: bool) -> None:
     """Before its memory is used again, and after: by a record of the same type, too, over and over."""
