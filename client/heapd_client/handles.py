@@ -155,7 +155,7 @@ def _slab_block_at(arena: Mapping, slot: int, start: int) -> tuple[int, int] | N
 
 def _slab_shape_at(arena: Mapping, start: int) -> SizeClass | None:
     """The size class of the slab that begins at page `start`; None if none does."""
-    if arena.page(start).state != PAGE_COMMITTED:
+    if not arena.is_committed(start):
         return None
     class_index = slab_class_index(arena.words[start << _SLOT_SHIFT])
     if class_index is None or class_index >= CLASS_COUNT or CLASSES[class_index].is_run:

@@ -22,7 +22,6 @@ from heapd.layout import (
     F_EXECUTABLE,
     F_SERIALIZE,
     HEAP_INDEX_BITS,
-    PAGE_COMMITTED,
     RUN_WORD,
     SLAB_WORD,
     WORD,
@@ -235,7 +234,7 @@ class HeapCore:
         if slot < self._slabs:
             return check_busy(self._words[slot], block, RUN_WORD)
         # A slab may be gone; to read there would commit its page.
-        if self.mapping.page(slot // (PAGE_SIZE // WORD)).state != PAGE_COMMITTED:
+        if not self.mapping.is_committed(slot // (PAGE_SIZE // WORD)):
             raise StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
         return check_busy(self._words[slot], block, SLAB_WORD)
 

@@ -32,6 +32,7 @@ from heapd.layout import (
     LAYOUT_VERSION,
     MAGIC,
     MAPPED,
+    PAGE_COMMITTED,
     STOPPED,
     WORD,
     ArenaShape,
@@ -126,6 +127,10 @@ class Mapping:
     def page(self, page: int) -> PageInfo:
         """What a page is. Args: page (page index, 0 <= page < shape.page_count)."""
         return split_page_word(page_word(self.words, self.shape, page))
+
+    def is_committed(self, page: int) -> bool:
+        """Whether a page may be read: what `page` says of its state, for a third of the time."""
+        return page_word(self.words, self.shape, page) >> 62 == PAGE_COMMITTED
 
     def find_page(self, address: int) -> PageInfo | None:
         """What the page that holds `address` is, None beyond the arena."""
