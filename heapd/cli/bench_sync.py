@@ -83,7 +83,7 @@ def sync(
         from heapd.workloads.sync_figure import check_matplotlib
 
         check_matplotlib()
-    head = conditions("heapd bench sync") | {
+    head = conditions("heapd") | {
         "runs": f"{runs} of {seconds:g} s for each line, in turn; the run of median throughput is shown"
     }
     screen = console()
@@ -127,8 +127,9 @@ def _show(screen: Console, head: dict[str, str], cells: list[work.Cell]) -> None
             screen.print(_table(title, shown, held))
     screen.print(
         "serialized, unserialized: one shared heap; one each: a serialized heap for each worker.\n"
-        "contended: share of the lock's acquisitions that had to wait; waiting: share of the workers' time.\n"
-        "switches: context switches a second, voluntary (it waited) and involuntary (others wanted the CPU).",
+        "contended: share of the lock's acquisitions that found it taken (alloc and free inside a section are none);\n"
+        "waiting: share of the workers' time; it ends when the worker runs again, lock in hand.\n"
+        "vol., invol.: context switches, voluntary (it went to sleep) and involuntary (others wanted the CPU).",
         soft_wrap=True,
     )
 

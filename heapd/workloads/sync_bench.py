@@ -22,7 +22,7 @@ from heapd.records import HeapStatistics
 from heapd.workloads.crew import Crew, Duty, Start, sleep_until
 from heapd.workloads.latency import Histogram
 
-__all__ = ["KINDS", "Cell", "Plan", "measure"]
+__all__ = ["KINDS", "Cell", "Plan", "Work", "measure"]
 
 KINDS = {"serialized": "shared, serialized", "unserialized": "shared, unserialized", "own": "a heap each"}
 _SIZE = 64  # bytes a block

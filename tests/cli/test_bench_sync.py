@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from heapd.workloads.sync_bench import KINDS, Cell, Plan
+from heapd.workloads.machine import conditions
+from heapd.workloads.sync_bench import KINDS, Cell, Plan, Work
+from heapd.workloads.sync_figure import draw
 from tests.cli.conftest import Heapd
 
 SMALL = ("bench", "sync", "--processes", "1,2", "--seconds", "0.02", "--runs", "1")
@@ -37,6 +41,25 @@ def test_acquisitions_are_counted_where_there_is_a_lock(heapd: Heapd) -> None:
             assert 0 <= cell["contended"] <= cell["acquisitions"]
 
 
+def test_a_worker_that_is_let_late_has_less_done() -> None:
+    """All work in one time: the rates of threads that begin one after another do not add up to more than there was."""
+
+    class Instant:
+        """A heap on which nothing takes any time."""
+
+        def alloc(self, size: int) -> Instant:
+            return self
+
+        def free(self) -> None: ...
+
+    done = []
+    for late_s in (0.0, 0.05, 0.2):
+        work = Work()
+        work.run(Instant(), lambda late_s=late_s: time.monotonic_ns() - int(late_s * 1e9), 0.1, None)  # type: ignore
+        done.append(work.pairs)
+    assert done[0] > done[1] > done[2] == 0
+
+
 def test_the_critical_section_lasts_as_long_as_asked(heapd: Heapd) -> None:
     """Nobody does more sections a second than fit when each takes its time, however many there are."""
     cells = heapd(*SMALL, "--holds", "1000", "--json").json["cells"]
@@ -45,9 +68,11 @@ def test_the_critical_section_lasts_as_long_as_asked(heapd: Heapd) -> None:
     assert all(cell["pairs_per_second"] < 1000 * 1.2 for cell in held)
 
 
-def test_the_table_says_what_it_was_measured_on(heapd: Heapd) -> None:
+def test_the_table_says_what_it_was_measured_on(heapd: Heapd, monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine, versions, date, command and runs stand above the tables."""
+    monkeypatch.setattr(sys, "argv", ["/bin/heapd", *SMALL])
     out = heapd(*SMALL, "--holds", "").out
+    assert "command   heapd bench sync --processes" in out
     for word in ("machine", "versions", "date", "command", "runs", "Processes", "Threads inside one process"):
         assert word in out
 
@@ -60,6 +85,49 @@ def test_figures_are_written_in_both_formats(heapd: Heapd, tmp_path: Path) -> No
     assert "<svg" in svg.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
     assert json.loads(save.read_text())["cells"]
+
+
+def test_every_axis_of_the_figure_is_labelled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each chart has a title, both axes a label, every line a name in a legend that fits the chart."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **more: (drawn.append(self), save(self, *rest, **more)))
+    draw(made_up_cells(), conditions("made up") | {"runs": "none"}, [tmp_path / "figure.png"])
+    (figure,) = drawn
+    assert len(figure.axes) == 6
+    for chart in figure.axes:
+        assert all((chart.get_title(), chart.get_xlabel(), chart.get_ylabel()))
+        legend = chart.get_legend()
+        named = [line for line in chart.get_lines() if len(line.get_xdata()) > 2]
+        assert {str(line.get_label()) for line in named} <= {text.get_text() for text in legend.get_texts()}
+        assert chart.get_window_extent().x0 <= legend.get_window_extent().x0
+        assert legend.get_window_extent().x1 <= chart.get_window_extent().x1
+
+
+def test_a_figure_of_one_number_of_processes_can_be_drawn(tmp_path: Path) -> None:
+    """One point a line, no critical section, nothing contended: no warning, and a chart that says that it is empty."""
+    pytest.importorskip("matplotlib")
+    cells = [cell for cell in made_up_cells() if cell.workers == 1 and cell.hold_us is None]
+    draw(cells, conditions("made up") | {"runs": "none"}, [tmp_path / "figure.svg"])
+    assert "not measured" in (tmp_path / "figure.svg").read_text()
+
+
+def made_up_cells() -> list[Cell]:
+    """Measurements of 1, 2 and 4 workers, with figures as they may be."""
+
+    def cell(kind: str, threads: bool, workers: int, hold_us: int | None) -> Cell:
+        rate = 1e6 if hold_us is None else 9e5 / max(hold_us, 4)
+        latencies = {"p50": 1e6 / rate, "p90": 2e6 / rate, "p99": 5e6 / rate, "max": 1e3}
+        return Cell(
+            kind, threads, workers, hold_us, 1.0, int(rate), rate, latencies, int(2 * rate), 50 * (workers - 1),
+            0.8 * (workers - 1), 100 * workers, 50 * workers,
+        )  # fmt: skip
+
+    free = [cell(kind, threads, count, None) for kind in KINDS for threads in (False, True) for count in (1, 2, 4)]
+    return free + [cell("serialized", False, count, hold) for hold in (0, 10, 100) for count in (1, 2, 4)]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(
@@ -88,7 +156,11 @@ def test_a_wrong_list_of_processes_is_refused(heapd: Heapd, wrong: str) -> None:
 
 
 def test_shares_of_a_cell_are_of_its_own_totals() -> None:
-    """Contended is a share of acquisitions, waiting a share of what all workers had of time."""
+    """Contended is a share of acquisitions, waiting a share of what all workers had of time. Of the three acquisitions
+    of a critical section only the first may have to wait."""
     cell = Cell("serialized", False, 2, None, 0.5, 100, 200.0, {}, 200, 50, 0.25, 1, 2)
     assert cell.contended_share == 0.25
     assert cell.waited_share == 0.25
+    held = Cell("serialized", False, 2, 10, 0.5, 100, 200.0, {}, 300, 50, 0.25, 1, 2)
+    assert held.contended_share == 0.5
+    assert Cell("unserialized", False, 2, None, 0.5, 100, 200.0, {}, 0, 0, 0.0, 1, 2).contended_share == 0
