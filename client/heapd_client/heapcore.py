@@ -141,6 +141,16 @@ class HeapCore:
         self.release_cache()
         return self._front or self._new_front(session)
 
+    @property
+    def has_had_front_end(self) -> bool:
+        """Blocks of this heap are, or were, cached here."""
+        return self._had_front
+
+    def open_front_end(self) -> bool:
+        """Have the front end there before the first alloc. False in a session without front ends."""
+        with self._enter():
+            return self._front_end() is not None
+
     def _new_front(self, session: int) -> FrontEnd:
         lock = None
         if self._is_serialized:

@@ -10,6 +10,7 @@ import os
 import threading
 import warnings
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
@@ -39,7 +40,7 @@ from heapd.layout import (
     H_CONTROLS_READY,
     Handle,
 )
-from heapd.records import ArenaStatistics, HeapInfo, SessionInfo
+from heapd.records import ArenaStatistics, Entry, EntryKind, HeapInfo, SessionInfo
 from heapd.wire import Endpoint, Request, check_directory
 from heapd.wire import messages as ask
 
@@ -60,6 +61,7 @@ _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being a
 _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for a session that is closed meanwhile
 _LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
+_WALK_PAGE: Final = 1024  # entries of a walk in one answer
 
 
 def connect(
@@ -386,6 +388,17 @@ class Session:
             if len(page) < _LIST_PAGE:
                 return list(found.values())
             after = max(fields[0] for fields in page)
+
+    def walk(self, heap_id: int) -> Iterator[Entry]:
+        """The entries of any heap, open here or not, as Heap.walk tells them; takes no lock. Raises: NoSuchHeapError,
+        HeapDestroyedError."""
+        cursor = 0
+        while True:
+            entries, cursor = self.call(ask.HeapWalk(heap_id, cursor, _WALK_PAGE))
+            for kind, *rest in entries:
+                yield Entry(EntryKind(kind), *rest)
+            if not cursor:
+                return
 
     def sessions(self, pid: int | None = None) -> list[SessionInfo]:
         """All sessions, or those of one process."""

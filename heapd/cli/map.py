@@ -9,7 +9,7 @@ import click
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option
-from heapd.cli.tables import console, opened, walk_unlocked
+from heapd.cli.tables import console, opened
 from heapd.wire import Endpoint
 from heapd.workloads.arena_picture import picture_of_arena
 from heapd.workloads.picture import Picture, cell_size_for, cells_per_line, picture_of_walk, render
@@ -48,4 +48,4 @@ def _draw(session: hc.Session, heap: str | None, cells: int) -> Picture:
         title = f"Heap {found.name or found.id} of {session.endpoint}"
         statistics = found.statistics()
         size = cell_size_for(statistics.reserved, statistics.committed, cells)
-        return picture_of_walk(title, walk_unlocked(session, found), size)
+        return picture_of_walk(title, session.walk(found.id), size)

@@ -24,9 +24,8 @@ from heapd.layout import (
     F_SERIALIZE,
     F_TAIL_CHECK,
 )
-from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics
+from heapd.records import HeapInfo, HeapStatistics
 from heapd.units import format_size
-from heapd.wire.messages import HeapWalk
 
 __all__ = [
     "console",
@@ -41,7 +40,6 @@ __all__ = [
     "print_json",
     "size_text",
     "statistics_text",
-    "walk_unlocked",
 ]
 
 _FLAGS = {  # letter, word
@@ -54,7 +52,6 @@ _FLAGS = {  # letter, word
     F_FREE_CHECK: ("f", "checks free blocks"),
 }
 
-_WALK_PAGE = 1024  # entries asked for at a time
 _PARTS = ("busy", "padding", "cached", "free", "overhead")  # of what is committed
 
 
@@ -124,20 +121,6 @@ def find_heap(session: hc.Session, text: str) -> HeapInfo:
     names = [info.name or str(info.heap_id) for info in infos]
     known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
     raise NoSuchHeapError(f"there is no heap {text[:300]!r} by name or id; heaps here: {known}")
-
-
-def walk_unlocked(session: hc.Session, heap: hc.Heap) -> Iterator[Entry]:
-    """The heap's entries, without its lock: who looks wants to see a heap that somebody holds, too.
-
-    `Heap.walk` takes the lock of a serialized heap for each page; here two pages may show two moments either way.
-    """
-    cursor = 0
-    while True:
-        entries, cursor = session.call(HeapWalk(heap.id, cursor, _WALK_PAGE))
-        for kind, *rest in entries:
-            yield Entry(EntryKind(kind), *rest)
-        if not cursor:
-            return
 
 
 @contextmanager

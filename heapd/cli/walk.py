@@ -11,7 +11,7 @@ import click
 
 import heapd_client as hc
 from heapd.cli.params import endpoint_option, json_option
-from heapd.cli.tables import opened, walk_unlocked
+from heapd.cli.tables import opened
 from heapd.records import Entry, EntryKind
 from heapd.units import format_size
 from heapd.wire import Endpoint
@@ -42,7 +42,7 @@ def walk(heap: str, limit: int, as_json: bool, endpoint: Endpoint) -> None:
     orphaned: its session has ended.
     """
     with hc.connect(str(endpoint), autostart=False) as session, opened(session, heap) as found:
-        entries = islice(walk_unlocked(session, found), limit or None)
+        entries = islice(session.walk(found.id), limit or None)
         if as_json:
             _print_json(entries)
         else:

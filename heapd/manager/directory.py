@@ -97,6 +97,13 @@ class Directory:
             raise self.no_heap(heap_id)
         return shared
 
+    def find(self, heap_id: int) -> SharedHeap:
+        """A heap that somebody looks at; that needs no opening."""
+        shared = self.heaps.get(heap_id)
+        if shared is None:
+            raise self.no_heap(heap_id)
+        return shared
+
     def no_heap(self, heap_id: int) -> HeapdError:
         if self.controls.was_used(heap_id):
             return HeapDestroyedError(f"heap {heap_id} was destroyed")

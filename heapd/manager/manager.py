@@ -412,12 +412,12 @@ class HeapManager:
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def _walk(self, session: Session, request: m.HeapWalk) -> list[Any]:
-        shared = self._directory.locate(session, request.heap)
+        shared = self._directory.find(request.heap)
         entries, cursor = walk(shared.heap, request.cursor, request.limit, self.sessions.is_live)
         return [entries, cursor]
 
     def _validate(self, session: Session, request: m.HeapValidate) -> list[tuple[Any, ...]] | Job:
-        shared = self._directory.locate(session, request.heap)
+        shared = self._directory.find(request.heap)
         if request.address:
             found = validate_block(shared.heap, request.address, self.sessions.is_known)
             return [as_tuple(violation) for violation in found]
@@ -434,7 +434,7 @@ class HeapManager:
         return shared.heap.compact()
 
     def _heap_statistics(self, session: Session, request: m.HeapStatisticsGet) -> Job:
-        shared = self._directory.locate(session, request.heap)
+        shared = self._directory.find(request.heap)
         return self._collect(shared)
 
     def _collect(self, shared: SharedHeap) -> Job:

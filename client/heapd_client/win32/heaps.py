@@ -14,6 +14,7 @@ from typing import Any, Final
 from heapd.errors import ExecuteError, HeapdError, InvalidArgumentError
 from heapd.units import align_up
 
+from . import corruption
 from .arguments import address, dword, handles_buffer, size_t
 from .constants import (
     ERROR_INVALID_HANDLE,
@@ -186,7 +187,12 @@ def HeapFree(hHeap: int | None, dwFlags: int, lpMem: int | None) -> bool:
 def _free_slowly(hHeap: Any, dwFlags: Any, lpMem: Any) -> bool:
     handle, flags, where = address(hHeap), dword(dwFlags), address(lpMem)
     if where:
-        heap_of(handle).free(flags, where)
+        found = heap_of(handle)
+        try:
+            found.free(flags, where)
+        except Failure as failure:
+            corruption.notice(failure)
+            raise
     return True
 
 
@@ -207,6 +213,7 @@ def HeapReAlloc(hHeap: int | None, dwFlags: int, lpMem: int | None, dwBytes: int
         raises = raises or found.raises
         return found.realloc(flags, where, size, zero=bool(flags & _ZERO), in_place=bool(flags & _IN_PLACE))
     except Failure as failure:
+        corruption.notice(failure)
         if raises:
             failure.throw()
         raise

@@ -38,7 +38,7 @@ from .constants import (
     STATUS_NO_MEMORY,
 )
 
-__all__ = ["Failure", "GetLastError", "SetLastError", "StructuredException", "fails_with", "patiently"]
+__all__ = ["Failure", "GetLastError", "SetLastError", "StructuredException", "attempt", "fails_with", "patiently"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -120,18 +120,23 @@ def patiently(function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwa
             raise failure from error
 
 
+def attempt(result: Any, function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
+    """Call a function; on Failure set the last error and return `result`."""
+    try:
+        return patiently(function, *arguments, **options)
+    except Failure as failure:
+        if failure.code is not None:
+            _thread.last_error = failure.code
+        return result  # type: ignore[no-any-return]
+
+
 def fails_with(result: Any) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
-    """A decorator: on Failure set the last error and return `result`."""
+    """A decorator: `attempt` with this result."""
 
     def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
         @wraps(function)
         def call(*arguments: _P.args, **options: _P.kwargs) -> _T:
-            try:
-                return patiently(function, *arguments, **options)
-            except Failure as failure:
-                if failure.code is not None:
-                    _thread.last_error = failure.code
-                return result  # type: ignore[no-any-return]
+            return attempt(result, function, *arguments, **options)
 
         return call
 

@@ -30,8 +30,7 @@ _INDEX_MASK = (1 << HEAP_INDEX_BITS) - 1
 
 class OpenHeap:
     """Fields: heap, handle (address of its first region), blocks (by address), raises (it was made with
-    HEAP_GENERATE_EXCEPTIONS), is_serialized, has_front_end (the compatibility class says 2, for
-    good).
+    HEAP_GENERATE_EXCEPTIONS), is_serialized.
     """
 
     def __init__(self, heap: Heap) -> None:
@@ -41,7 +40,6 @@ class OpenHeap:
         self.blocks: dict[int, Block] = {}
         self.raises = bool(flags & F_GENERATE_EXCEPTIONS)
         self.is_serialized = bool(flags & F_SERIALIZE)
-        self.has_front_end = False
         self._index = heap.id & _INDEX_MASK
 
     def locked(self, flags: int) -> AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from .checked_heap import CheckedHeap
 from .constants import ERROR_INVALID_HANDLE
 from .last_error import Failure
 from .open_heap import OpenHeap
+from .table import Table
 
 __all__ = ["Process", "attach", "detach", "heap_of", "hot", "process"]
 
@@ -38,7 +39,7 @@ class Process:
     """A session as a Win32 process.
 
     Fields: session, is_own (we opened it, so we close it), reserve and commit (bytes: of the process heap; 0: the
-    daemon's default).
+    daemon's default), table (of moveable objects).
     """
 
     def __init__(self, session: Session, is_own: bool, reserve: int, commit: int) -> None:
@@ -46,6 +47,7 @@ class Process:
         self.is_own = is_own
         self.reserve = reserve
         self.commit = commit
+        self.table = Table()
         self._open: dict[int, OpenHeap] = {}  # by handle
         self._default: OpenHeap | None = None
 
@@ -110,8 +112,9 @@ class Process:
             hot.pop(handle, None)
 
     def forked(self) -> None:
-        """In the child of a fork: it has a process heap of its own."""
+        """In the child of a fork: it has a process heap of its own, and no objects there."""
         self._default = None
+        self.table = Table()
 
     def end(self) -> None:
         hot.clear()

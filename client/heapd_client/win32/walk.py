@@ -8,13 +8,14 @@ still says the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import byref, memset, sizeof
 from typing import Any, Final
 
 from heapd.errors import HeapdError
 
 from ..handles import locate_at
+from ..mapping import Mapping
 from .arguments import address, instance_of
 from .checked_heap import tail_of
 from .constants import (
@@ -27,11 +28,10 @@ from .constants import (
 )
 from .elements import NO_REGION, Element, Kind, after, elements
 from .last_error import Failure, fails_with
-from .open_heap import OpenHeap
 from .process import heap_of
 from .structures import PROCESS_HEAP_ENTRY
 
-__all__ = ["HeapWalk"]
+__all__ = ["HeapWalk", "Walks"]
 
 _FLAGS: Final = {
     Kind.REGION: int(PROCESS_HEAP_REGION),
@@ -42,29 +42,30 @@ _FLAGS: Final = {
 _REGION: Final = int(PROCESS_HEAP_REGION)
 _MAX_REGIONS: Final = 64  # on Windows; and the index of a block that is in none
 
+Place = tuple[int, bool]  # of an element: its address, and whether it is a region
+Ask = Callable[[], Iterator[Element]]
+
 
 class _Walk:
-    """Fields: open_heap, found (elements to come), last (address and being a region, of the element told last)."""
+    """Fields: heap (what it is a walk of), last (the place of the element told last)."""
 
-    def __init__(self, open_heap: OpenHeap) -> None:
-        self.open_heap = open_heap
-        self.last = 0, False
-        self.found = self._ask()
+    def __init__(self, heap: object, arena: Mapping, ask: Ask) -> None:
+        self.heap = heap
+        self.last: Place = 0, False
+        self._arena = arena
+        self._ask = ask
+        self._found = ask()
 
-    def _ask(self) -> Iterator[Element]:
-        heap = self.open_heap.heap
-        return elements(heap.walk(), tail_of(heap.info.flags))
-
-    def go_to(self, last: tuple[int, bool]) -> None:
-        """Stand behind the element that was told last."""
+    def go_to(self, last: Place) -> None:
+        """Stand behind an element that was told once."""
         self.last = last
-        self.found = after(self._ask(), *last)
+        self._found = after(self._ask(), *last)
 
     def next(self) -> Element | None:
-        element = next(self.found, None)
+        element = next(self._found, None)
         if element is not None and not self._is_current(element):
             self.go_to(self.last)
-            element = next(self.found, None)
+            element = next(self._found, None)
         if element is not None:
             self.last = element.address, element.kind == Kind.REGION
         return element
@@ -73,19 +74,41 @@ class _Walk:
         if element.kind != Kind.BUSY:
             return True
         try:
-            handle, _ = locate_at(self.open_heap.heap.mapping, element.address)
+            handle, _ = locate_at(self._arena, element.address)
         except HeapdError:
             return False
         return handle.generation == element.generation
 
 
-class _Walks(threading.local):
+class Walks(threading.local):
     """The walk that the calling thread is on, if any."""
 
-    current: _Walk | None = None
+    def __init__(self) -> None:
+        self._current: _Walk | None = None
+
+    def start(self, heap: object, arena: Mapping, ask: Ask) -> Element | None:
+        """The first element of a heap; None if it has none."""
+        self._current = _Walk(heap, arena, ask)
+        return self._next()
+
+    def go_on(self, last: Place, heap: object, arena: Mapping, ask: Ask) -> Element | None:
+        """The element after the one at `last`; None at the end."""
+        walk = self._current
+        if walk is None or walk.heap != heap or walk.last != last:
+            walk = self._current = _Walk(heap, arena, ask)
+            walk.go_to(last)
+        return self._next()
+
+    def _next(self) -> Element | None:
+        walk, self._current = self._current, None
+        assert walk is not None
+        element = walk.next()
+        if element is not None:  # else, or after an exception, the walk is of no more use
+            self._current = walk
+        return element
 
 
-_walks: Final = _Walks()
+_walks: Final = Walks()
 
 
 @fails_with(False)
@@ -97,21 +120,19 @@ def HeapWalk(hHeap: int | None, lpEntry: Any) -> bool:
     others may change the heap.
     """
     entry = instance_of(lpEntry, PROCESS_HEAP_ENTRY)
-    found = heap_of(address(hHeap))
+    heap = heap_of(address(hHeap)).heap
     if entry is None:
         raise Failure(ERROR_INVALID_PARAMETER, "an entry is needed")
-    walk = _walks.current
-    if not entry.lpData:
-        found.heap.trim()
-        walk = _walks.current = _Walk(found)
+
+    def ask() -> Iterator[Element]:
+        return elements(heap.walk(), tail_of(heap.info.flags))
+
+    if entry.lpData:
+        element = _walks.go_on((entry.lpData, bool(entry.wFlags & _REGION)), heap, heap.mapping, ask)
     else:
-        last = entry.lpData, bool(entry.wFlags & _REGION)
-        if walk is None or walk.open_heap is not found or walk.last != last:
-            walk = _walks.current = _Walk(found)
-            walk.go_to(last)
-    element = walk.next()
+        heap.trim()
+        element = _walks.start(heap, heap.mapping, ask)
     if element is None:
-        _walks.current = None
         raise Failure(ERROR_NO_MORE_ITEMS, "the walk is at its end")
     _fill(entry, element)
     return True
