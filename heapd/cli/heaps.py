@@ -23,7 +23,6 @@ from heapd.cli.tables import (
     opened_info,
     print_json,
     size_text,
-    walk_unlocked,
 )
 from heapd.errors import HeapDestroyedError, NoSuchHeapError
 from heapd.records import Entry, EntryKind, HeapInfo, HeapStatistics
@@ -66,7 +65,7 @@ def _with_statistics(session: hc.Session, infos: list[HeapInfo]) -> Iterator[tup
 def _blocks(session: hc.Session, info: HeapInfo) -> Iterator[Entry]:
     """The allocated blocks of a heap; they end where it is destroyed meanwhile."""
     with suppress(NoSuchHeapError, HeapDestroyedError), opened_info(session, info) as heap:
-        yield from (entry for entry in walk_unlocked(session, heap) if entry.kind is EntryKind.BUSY)
+        yield from (entry for entry in session.walk(heap.id) if entry.kind is EntryKind.BUSY)
 
 
 def _plain(session: hc.Session, info: HeapInfo, statistics: HeapStatistics, has_blocks: bool) -> dict[str, object]:
