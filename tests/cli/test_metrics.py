@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import urllib.error
@@ -56,6 +57,7 @@ def test_a_stopped_daemon_is_a_scrape_that_fails_not_one_that_hangs(start_daemon
     daemon = start_daemon("--metrics", "0", "--restarts", "0")
     assert scrape(daemon)
     daemon.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, daemon.process.pid, os.WSTOPPED)  # until its last thread has stopped
     found: Any = re.search(r"metrics are at (\S+)", daemon.log)
     try:
         with pytest.raises((TimeoutError, urllib.error.URLError)):
