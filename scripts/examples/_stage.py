@@ -1,10 +1,13 @@
-"""What the examples share: a command line, and a daemon that lives as long as the example."""
+"""What the examples share: a command line, a daemon that lives as long as the example, and other processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import click
@@ -29,3 +32,20 @@ def example(body: Callable[..., None]) -> click.Command:
             raise click.ClickException(str(error)) from None
 
     return command
+
+
+@contextmanager
+def other_process(work: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]:
+    """Run `work` in a process of its own, which has ended when the `with` block is left; at once if that fails."""
+    process = get_context("spawn").Process(target=work, args=arguments)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is ours, and we end the other one
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield process
+        process.join()
+    finally:
+        process.terminate()
+        process.join()

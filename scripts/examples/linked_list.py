@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from ctypes import c_int64
-from multiprocessing import get_context
 
 import click
-from _stage import example
+from _stage import example, other_process
 
 import heapd_client as hc
 from heapd_client.structs import Record, Ref
@@ -67,9 +66,8 @@ def main(session: hc.Session, nodes: int) -> None:
     second = head.next
     print(describe(head), flush=True)
 
-    other = get_context("spawn").Process(target=remove_odd_values, args=(heap,))
-    other.start()
-    other.join()
+    with other_process(remove_odd_values, heap):
+        pass  # until it has ended
 
     print(describe(head))
     print(f"{heap.statistics().busy_blocks} blocks are allocated; {len(heap.validate())} invariants are broken")

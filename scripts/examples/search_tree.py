@@ -6,14 +6,14 @@ take nodes out under a reader's feet would need the heap's lock; the reader woul
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator
 from ctypes import c_int64
-from multiprocessing import get_context
 
 import click
-from _stage import example
+from _stage import example, other_process
 
 import heapd_client as hc
 from heapd_client.structs import Record, Ref
@@ -55,14 +55,16 @@ def keys_in_order(node: Node | None) -> Iterator[int]:
 
 def watch(root: Node, last: int) -> None:
     """What the other process does: walk the growing tree again and again, until it finds the key inserted last."""
+    print(f"process {os.getpid()} walks the tree while it grows", flush=True)
     root.block.heap.publish("watched", root.block)
     sizes = []
     while find(root, last)[0] is None:
         keys = list(keys_in_order(root))
         assert keys == sorted(keys), "a reader saw a tree out of order"
         sizes.append(len(keys))
-    shown = ", ".join(map(str, sizes[:: len(sizes) // 8 + 1]))
-    print(f"meanwhile the other process walked it {len(sizes)} times, all sorted; keys it saw: {shown}", flush=True)
+    seen = sorted(set(sizes))
+    shown = ", ".join(map(str, seen[:: len(seen) // 12 + 1]))
+    print(f"it saw the tree {len(sizes)} times, always sorted, with {shown} keys", flush=True)
 
 
 @example
@@ -74,15 +76,12 @@ def main(session: hc.Session, nodes: int, seed: int) -> None:
     random.Random(seed).shuffle(keys)
     heap = session.create_heap()
     root = Node.alloc(heap, key=keys[0])
-    reader = get_context("spawn").Process(target=watch, args=(root, keys[-1]))
-    reader.start()
-    heap.lookup("watched", timeout=30)  # the reader is at work
-
-    started = time.perf_counter()
-    for key in keys[1:]:
-        insert(root, key)
-    print(f"inserted {nodes} keys in {time.perf_counter() - started:.2f} s", flush=True)
-    reader.join()
+    with other_process(watch, root, keys[-1]):
+        heap.lookup("watched", timeout=30)  # it is at work
+        started = time.perf_counter()
+        for key in keys[1:]:
+            insert(root, key)
+        print(f"inserted {nodes} keys in {time.perf_counter() - started:.2f} s", flush=True)
 
     node, steps = find(root, nodes // 2)
     print(f"key {node.key} lies at {node.address:#x}, found in {steps} steps; no such key: {find(root, -1)[0]}")

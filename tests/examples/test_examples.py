@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +33,13 @@ def numbers(pattern: str, text: str) -> list[int]:
     return [int(group) for group in match.groups()]
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_each_example_explains_itself(path: Path) -> None:
-    """--help says what it does, and the list of scripts/example has a line of it."""
-    assert "Usage:" in run(path.stem, "--help")
-    assert re.match(r'""".{20,116}[.]\n', path.read_text()), "its first line, in the list"
+def test_each_example_explains_itself() -> None:
+    """Its first line is a sentence, for the list; its command says with --help what it does."""
+    for path in EXAMPLES:
+        text = path.read_text()
+        assert re.match(r'""".{20,116}[.]\n', text), path
+        assert re.search(r'@example\n(@.*\n)*def main\(.*\n    """.{20,}[.]"""\n', text), path
+    assert "Grow a binary search tree" in run("search_tree", "--help")
 
 
 def test_the_script_lists_the_examples() -> None:
@@ -64,7 +68,7 @@ def test_a_linked_list_is_read_and_changed_by_another_process() -> None:
 def test_a_search_tree_is_read_while_it_grows() -> None:
     """The reader sees it sorted at all sizes it passes through."""
     text = run("search_tree", "--nodes", "300")
-    (walks,) = numbers(r"other process walked it (\d+) times, all sorted", text)
+    (walks,) = numbers(r"it saw the tree (\d+) times, always sorted", text)
     assert walks > 0
     assert "key 150 lies at 0x" in text
     assert "no such key: None" in text
@@ -120,3 +124,31 @@ def test_reserve_and_commit_are_drawn_page_by_page() -> None:
     assert set(pictures["destroy: released"]) == {"-"}
     for step, picture, size in rows:
         assert int(size) == 4 * sum(page in "os#" for page in picture), step
+
+
+def test_code_runs_in_an_executable_heap_alone() -> None:
+    """42 from one, SIGSEGV from the other; both heaps stay sound."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the machine code of the example is x86-64's")
+    good, bad = run("executable_heap").split("executable=False")
+    assert "twice 21 is 42" in good
+    assert "ended with 0" in good
+    assert "twice" not in bad
+    assert "ended with SIGSEGV" in bad
+    assert (good + bad).count("broken invariants of the heap: 0") == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_example_that_is_interrupted_leaves_nothing(number: int, status: int) -> None:
+    """Neither its daemon nor its other process; and no traceback."""
+    command = [sys.executable, "-u", str(ROOT / "scripts" / "examples" / "search_tree.py"), "--nodes", "200000"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client")])}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert "walks the tree" in process.stdout.readline()
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        _, complaints = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert complaints.strip() in ("", "Aborted!")
