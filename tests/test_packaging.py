@@ -47,7 +47,7 @@ def test_the_extras_are_those_the_readme_names() -> None:
     assert set(PROJECT["project"]["optional-dependencies"]) == {"numpy", "plot", "metrics", "all", "dev"}
 
 
-@pytest.mark.parametrize("name", ["setup", "check", "test", "demo", "bench", "example", "nightly"])
+@pytest.mark.parametrize("name", ["setup", "check", "test", "demo", "bench", "example", "enumerate_heaps", "nightly"])
 def test_the_scripts_can_be_run(name: str) -> None:
     """They are executable, and bash can parse them."""
     script = ROOT / "scripts" / name

@@ -24,14 +24,24 @@ def example(body: Callable[..., None]) -> click.Command:
     @click.option("--endpoint", "-e", help="Use that daemon; otherwise one runs for as long as the example does.")
     @wraps(body)
     def command(endpoint: str | None, **options: Any) -> None:
-        daemon = private_daemon("example") if endpoint is None else nullcontext(endpoint)
-        try:
-            with terminations_raise(), daemon as where, hc.connect(where, autostart=False) as session:
-                body(session, **options)
-        except (hc.HeapdError, WorkloadError) as error:
-            raise click.ClickException(str(error)) from None
+        with session_with(endpoint, has_own_daemon=endpoint is None) as session:
+            body(session, **options)
 
     return command
+
+
+@contextmanager
+def session_with(endpoint: str | None, *, has_own_daemon: bool) -> Iterator[hc.Session]:
+    """A session with a daemon that ends with it, or else with the one at `endpoint` (None: the user's).
+
+    Raises: click.ClickException for every error of heapd.
+    """
+    daemon = private_daemon("example") if has_own_daemon else nullcontext(endpoint)
+    try:
+        with terminations_raise(), daemon as where, hc.connect(where, autostart=False) as session:
+            yield session
+    except (hc.HeapdError, WorkloadError) as error:
+        raise click.ClickException(str(error)) from None
 
 
 @contextmanager

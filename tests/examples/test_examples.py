@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import heapd_client as hc
+from tests.harness import Daemon
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "scripts" / "examples").glob("*.py") if path.name[0] != "_")
 
@@ -38,7 +41,7 @@ def test_each_example_explains_itself() -> None:
     for path in EXAMPLES:
         text = path.read_text()
         assert re.match(r'""".{20,116}[.]\n', text), path
-        assert re.search(r'@example\n(@.*\n)*def main\(.*\n    """.{20,}[.]"""\n', text), path
+        assert re.search(r'\n@(example|click.command.*)\n(@.*\n)*def main\(.*\n    """[^"]{20,}[.]"""\n', text), path
     assert "Grow a binary search tree" in run("search_tree", "--help")
 
 
@@ -136,6 +139,31 @@ def test_code_runs_in_an_executable_heap_alone() -> None:
     assert "twice" not in bad
     assert "ended with SIGSEGV" in bad
     assert (good + bad).count("broken invariants of the heap: 0") == 2
+
+
+def test_the_heaps_of_this_process_are_enumerated() -> None:
+    """The process heap and another one, every block with its size."""
+    first, second = run("enumerate_heaps").split("\nheap ")[1:]
+    assert "the process heap" in first
+    for heap, sizes in ((first, [10, 100, 1000]), (second, [5000, 2_000_000])):
+        assert [int(found) for found in re.findall(r"0x\w+ +(\d+) bytes$", heap, re.MULTILINE)] == sizes
+        assert f"{len(sizes)} blocks allocated, {sum(sizes)} bytes" in heap
+
+
+def test_the_heaps_of_another_process_are_enumerated(daemon: Daemon, session: hc.Session) -> None:
+    """By its pid: all its heaps, all its blocks; a process that is no client, or none, is one line."""
+    blocks = [*session.default_heap.alloc_many(48, 30), session.create_heap("named").alloc(70_000)]
+    text = run("enumerate_heaps", str(os.getpid()), "-e", daemon.endpoint)
+    found = re.findall(r"(0x\w+) +(\d+) bytes$", text, re.MULTILINE)
+    assert sorted((int(address, 16), int(size)) for address, size in found) == sorted(
+        (block.address, block.size) for block in blocks
+    )
+    assert text.count("\nheap ") == 2
+    missing = 2**22 + 1
+    assert (
+        run("enumerate_heaps", "1", "-e", daemon.endpoint, status=1) == "Error: process 1 is no client of the daemon\n"
+    )
+    assert run("enumerate_heaps", str(missing), "-e", daemon.endpoint, status=1) == f"Error: no process {missing}\n"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
