@@ -6,6 +6,7 @@ allocated by them, a heap's mutex, and the lock counters while they hold it. Pay
 
     page 0              header                               H_*
     pages 1 ..          control blocks, 256 B a heap         C_*
+    then                session words, 8 B a session         not 0 while it lives, and different each time
     then                page directory, 8 B a chunk          one page word a chunk of 512 pages, or MAPPED
     then                page map, 8 B a page                 committed chunk by chunk
     then                run words, 8 B a page                state words of runs, committed with the page map
@@ -70,6 +71,7 @@ H_COMMITTED: Final = 10  # bytes committed now, tables included
 H_COMMIT_LIMIT: Final = 11  # bytes the daemon may commit
 H_RESERVED: Final = 12  # bytes reserved by regions now
 H_CONTROLS_READY: Final = 13  # control blocks whose page is committed: none beyond may be read
+H_SESSIONS_READY: Final = 14  # session words, likewise
 
 STARTING: Final = 1
 RUNNING: Final = 2
@@ -138,6 +140,7 @@ CACHED: Final = 1
 BUSY: Final = 2
 
 SESSION_MASK: Final = (1 << 14) - 1  # sessions are numbered from 1 to this
+SESSION_TABLE_SIZE: Final = (SESSION_MASK + 1) * WORD  # 128 KiB, committed as used
 
 
 class WordFormat:
@@ -223,9 +226,14 @@ class ArenaShape:
         return PAGE_SIZE
 
     @cached_property
+    def sessions(self) -> int:
+        """Address of the session word of number 0, which no session has."""
+        return align_up(self.controls + self.heap_limit * CONTROL_SIZE, PAGE_SIZE)
+
+    @cached_property
     def directory(self) -> int:
         """Address of the page directory, one word a chunk."""
-        return align_up(self.controls + self.heap_limit * CONTROL_SIZE, PAGE_SIZE)
+        return self.sessions + SESSION_TABLE_SIZE
 
     @cached_property
     def chunk_count(self) -> int:
@@ -261,6 +269,10 @@ class ArenaShape:
         """Slot of the first word of control block `index`."""
         return (self.controls + index * CONTROL_SIZE) // WORD
 
+    def session_slot(self, number: int) -> int:
+        """Slot of the word of session `number`."""
+        return self.sessions // WORD + number
+
     def mutex_address(self, index: int) -> int:
         return self.controls + index * CONTROL_SIZE + C_MUTEX * WORD
 
@@ -286,6 +298,8 @@ def page_word(words: memoryview, shape: ArenaShape, page: int) -> int:
 
 # -- handles ---------------------------------------------------------------------------------------------------------
 _HANDLE = struct.Struct("<16sQQQ")
+HandleFormatError: Final = struct.error  # what `unpack_handle` raises for bytes that are too many or too few
+unpack_handle: Final = _HANDLE.unpack
 
 
 class Handle(NamedTuple):
@@ -311,4 +325,4 @@ class Handle(NamedTuple):
         """Raises: ValueError if `data` is not the 40 bytes of a handle."""
         if len(data) != _HANDLE.size:
             raise ValueError(f"a handle is {_HANDLE.size} bytes, not {len(data)}")
-        return cls(*_HANDLE.unpack(data))
+        return tuple.__new__(cls, _HANDLE.unpack(data))

@@ -12,6 +12,7 @@ the hot path (hotpath.py) looks at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from pickle import PickleBuffer
 from sys import getrefcount
@@ -26,7 +27,7 @@ from heapd.errors import (
     MissingExtraError,
     StaleHandleError,
 )
-from heapd.layout import Handle, WordFormat
+from heapd.layout import RUN_WORD, SLAB_WORD, Handle, WordFormat
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 
     from .heap import Heap
 
-__all__ = ["IDLE_EXPORTER", "Block"]
+__all__ = ["IDLE_EXPORTER", "Block", "Visitor"]
 
 IDLE_EXPORTER = 3  # references to an exporter of which no view is alive: the block's, its buffer's, getrefcount's
+_new_handle: Callable[..., Handle] = tuple.__new__  # without the Python function that the class calls
+_RUN_GENERATION, _SLAB_GENERATION = RUN_WORD.generation_shift, SLAB_WORD.generation_shift
 _OWN_REFERENCES = 2  # of an object that one local name alone refers to: the name, and getrefcount's argument
 
 
@@ -50,7 +53,19 @@ class Block:
     (of its state word, see `Handle`).
     """
 
-    __slots__ = ("_base", "_buffer", "_exporter", "_seen", "_view", "_word", "address", "extent", "heap", "slot")
+    __slots__ = (
+        "_base",
+        "_buffer",
+        "_exporter",
+        "_seen",
+        "_tail",
+        "_view",
+        "_word",
+        "address",
+        "extent",
+        "heap",
+        "slot",
+    )
 
     def __init__(self, heap: Heap, slot: int, address: int, extent: int, word: int) -> None:
         """For the library alone. `word` is the block's state word: BUSY, or CACHED and 0 is what `_word` becomes."""
@@ -60,6 +75,7 @@ class Block:
         self.extent = extent
         self._word = word
         self._base = 0  # the CACHED word that free stores; only in blocks that front ends deal with
+        self._tail: tuple[int, int] | None = None  # see homing.Away
         self._view: memoryview | None = None
         self._exporter: memoryview | None = None
         self._buffer: PickleBuffer | None = None  # of the exporter; a memoryview of it has its own buffer bookkeeping
@@ -113,8 +129,10 @@ class Block:
     def generation(self) -> int:
         """Of the block, as in its handle."""
         word = abs(self._word)
-        self._word = -word  # somebody may build a handle of it
-        return self._form.generation(word)
+        if self._word > 0:
+            self._word = -word  # somebody may build a handle of it
+            self.heap.note_handle(self, word)
+        return word >> (_RUN_GENERATION if self.slot < self.heap.slabs else _SLAB_GENERATION)
 
     def become(self, slot: int, address: int, extent: int, word: int) -> None:
         """For Heap: this object stands for that allocated block from now on, or for the same one resized.
@@ -129,7 +147,7 @@ class Block:
     @property
     def handle(self) -> Handle:
         """What names the block in other processes; 40 bytes through `handle.encode()`, also picklable."""
-        return Handle(self.heap.mapping.instance, self.slot, self.address, self.generation)
+        return _new_handle(Handle, (self.heap.mapping.instance, self.slot, self.address, self.generation))
 
     @property
     def view(self) -> memoryview:
@@ -269,6 +287,12 @@ class Block:
             f"a view of the block at {self.address:#x} is alive; drop every view, slice and array of it first",
             address=self.address,
         )
+
+
+class Visitor(Block):
+    """A run of pages that another session allocated, opened by its handle. Its owner knows that a handle was made."""
+
+    __slots__ = ()
 
 
 def _is_alive(view: memoryview) -> bool:

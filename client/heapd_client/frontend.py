@@ -27,7 +27,7 @@ from heapd.units import KIB, MIB, PAGE_SHIFT, pages_for
 from heapd.wire import messages as ask
 
 from .block import Block
-from .hotpath import Lock, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
+from .hotpath import Lock, is_unseen, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
 
 if TYPE_CHECKING:
     from .heap import Heap
@@ -52,6 +52,9 @@ _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
 _MAX_BINS: Final = 512  # about 5 KB each, and each is looked at when another one wants to hold more
 _LARGE: Final = 1 << 16  # keys of bins for runs over 64 KiB: this and the pages
+
+_HOT: Final = 2  # blocks in a bin that the hot path needs to take one
+_COLLECTED: Final = 3  # references to a block that came home: a list's, a local name's, getrefcount's
 
 _address: Final = attrgetter("address")
 _cached: Final = attrgetter("cached")
@@ -137,12 +140,13 @@ class FrontEnd:
         self._bins: dict[int, Bin] = {}
         self._stack_of: dict[int, list[Any]] = {}
         self._larger_of: dict[int, list[Any]] = {}
+        self._away_of: dict[int, dict[int, Any]] = {}
         self._take_count: Callable[[], int] = lambda: 0
         self.held = held
         self._peak = held  # of what was in use
         arguments = (self._words, heap.live_slot, live, self._stack_of, self._larger_of, heap.alloc_slow)
         if lock is None:
-            self.alloc = make_alloc(*arguments)
+            self.alloc = make_alloc(*arguments, self._away_of)
         else:
             self.alloc, self._take_count = make_locked_alloc(*arguments, lock)
 
@@ -158,6 +162,8 @@ class FrontEnd:
             larger = self._bins.get(key + 1)
             if larger is not None and larger.may_replace(found):
                 self._larger_of[size + 15 >> 4] = larger.stack
+            if found.form is RUN_WORD:
+                self._away_of[size + 15 >> 4] = self._heap.away.of(key)
         return found
 
     def _bin_of(self, extent: int) -> Bin:
@@ -174,6 +180,8 @@ class FrontEnd:
             new.block_type, new.set_limit = make_block_type(*arguments)
         else:
             new.block_type, new.set_limit, new.take_count = make_locked_block_type(*arguments, self._hot_lock)
+        if new.form is RUN_WORD:
+            new.block_type.handle = self._heap.away.handle_property(key, RUN_WORD.cached(self.session, 0))  # type: ignore[method-assign, assignment]
         self._bins[key] = new
         self._set_limit(new, self._room(new))
         return new
@@ -184,6 +192,7 @@ class FrontEnd:
         self._heap.count_acquisitions(self.take_count())
         self._stack_of.clear()
         self._larger_of.clear()
+        self._away_of.clear()
         for bin_ in doomed:
             del self._bins[bin_.key]
         self._give_back([block for bin_ in doomed for block in bin_.stack])
@@ -221,6 +230,8 @@ class FrontEnd:
         block = None
         if popped is not None and type(popped) is bin_.block_type:  # else it was given back since
             block = self._fresh(bin_, popped)
+        if bin_.form is RUN_WORD and len(bin_.stack) < _HOT:
+            self._collect(bin_)
         block = block or self._pop(bin_)
         has_leased = block is None
         block = block or self._lease(bin_, size)
@@ -240,6 +251,8 @@ class FrontEnd:
     def allocate_cached(self, size: int) -> Block | None:
         """A block for `size` bytes from its bin; None if that is empty."""
         bin_ = self._bin_for(size)
+        if bin_.form is RUN_WORD and not bin_.stack:
+            self._collect(bin_)
         block = self._pop(bin_) if bin_.stack else None
         if block is not None:
             block._word = word = block._base + (size or bin_.form.size_mask)
@@ -308,8 +321,23 @@ class FrontEnd:
                     found.append(bin_)
         return found
 
+    def note_away(self, block: Block) -> None:
+        """A handle was made of a run of this session's: another one may free it, and then it comes home."""
+        self._heap.away.note(self._bin_of(block.extent).key, block, RUN_WORD.cached(self.session, 0))
+
+    def _collect(self, bin_: Bin) -> None:
+        """Put runs in their bin that other sessions have freed to this one."""
+        for block in self._heap.away.collect(bin_.key):
+            if type(block) is not bin_.block_type or getrefcount(block) > _COLLECTED or not is_unseen(block):
+                block = self._make(bin_, block.slot, block.address, bin_.form.generation(block._base))
+            block._word = 0
+            bin_.stack.append(block)
+        if bin_.is_large and self._room(bin_) < 0:
+            self._make_room(bin_)
+
     def _grant(self, bin_: Bin, grant: Any) -> Block:
         slot, address, generation, extent, _ = grant
+        self._heap.away.forget(slot)
         bin_.leased += 1
         self.held += bin_.extent
         mapping, executable = self._heap.mapping, self._heap.is_executable
@@ -389,6 +417,7 @@ class FrontEnd:
         self.stop_frees()
         self._stack_of.clear()
         self._larger_of.clear()
+        self._away_of.clear()
         addresses = []
         for bin_ in self:
             addresses += [block.address for block in bin_.stack]

@@ -35,7 +35,8 @@ from heapd.units import PAGE_SHIFT, pages_for
 from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
-from .block import Block
+from .block import Block, Visitor
+from .frontend import FrontEnd
 from .heapcore import HeapCore, as_timeout, deferred, working
 from .registry import is_exiting
 
@@ -270,11 +271,21 @@ class Heap(HeapCore):
                 if front is None or not self._is_ours_to_cache(word, block):
                     return False
                 working.add(me)
-                front.take_back(block, word)
+                if not self._send_home(front, block, word):
+                    front.take_back(block, word)
         finally:
             if is_outer:
                 working.discard(me)
         return True
+
+    def _send_home(self, front: FrontEnd, block: Block, word: int) -> bool:
+        """Free a run to the session that allocated it, if that is another one that lives."""
+        if block.slot >= self.slabs:
+            return False
+        if RUN_WORD.session(word) == front.session:
+            self.away.forget(block.slot)
+            return False
+        return isinstance(block, Visitor) and self.homes.send(block, word, self.extent_of(block, word))
 
     def _is_ours_to_cache(self, word: int, block: Block) -> bool:
         """Whether the state word of an allocated block is this session's to write. In a heap that frees the blocks
@@ -374,6 +385,7 @@ class Heap(HeapCore):
             raise _freed(block) from None
         else:
             slot, address, _, extent, _ = grant
+            self.away.forget(slot)
             self.note_growth(extent - block.extent)
             block.become(slot, address, extent, -self._words[slot])
             self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
@@ -398,6 +410,16 @@ class Heap(HeapCore):
             self._regret(old)
             if not isinstance(error, DaemonError):
                 raise
+
+    def guest(self, slot: int, address: int, extent: int, word: int) -> Block:
+        """For the session: the object for another session's run that was opened by its handle.
+
+        Args: word (its state word).
+        """
+        kind: type[Block] | None = None
+        if not (self._is_serialized or self.info.flags & F_FREE_ORPHANS) and self.session.has_front_ends:
+            kind = self.homes.guest_type(RUN_WORD.session(word), self._live_word)
+        return (kind or Visitor)(self, slot, address, extent, -word)
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def walk(self) -> Iterator[Entry]:

@@ -32,6 +32,7 @@ from heapd.units import PAGE_SHIFT, PAGE_SIZE, pages_for
 from heapd.wire import messages as ask
 
 from .frontend import FrontEnd, check_busy
+from .homing import Away, Homes
 from .hotpath import Lock, is_quiet
 from .locking import HeldLock
 
@@ -83,12 +84,14 @@ class HeapCore:
         self._exempt: set[int] = set()  # threads (by ident) that take no mutex now
         self._is_closed = False
         self.live_slot = self._control + C_LIVE
-        self._slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
+        self.slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
         self._live_word = info.epoch << 1 | 1
         self._recoveries: int = self._words[self._control + C_RECOVERED]  # at the last `lock`
         self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
         self._had_front = False
         self._used = 0  # bytes that were in use when the front end before went
+        self.away = Away(mapping)
+        self.homes = Homes(cast("Heap", self))
         self._is_paused = False
         self._is_releasing = False
         self._gate = threading.RLock()  # of the front end, in this process; taken after the mutex
@@ -241,16 +244,22 @@ class HeapCore:
     def word_of(self, block: Block) -> int:
         """The state word of an allocated block. Raises: DoubleFreeError, StaleHandleError."""
         slot = block.slot
-        if slot < self._slabs:
+        if slot < self.slabs:
             return check_busy(self._words[slot], block, RUN_WORD)
         # A slab may be gone; to read there would commit its page.
         if not self.mapping.is_committed(slot // (PAGE_SIZE // WORD)):
             raise StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
         return check_busy(self._words[slot], block, SLAB_WORD)
 
+    def note_handle(self, block: Block, word: int) -> None:
+        """A handle of a block was made: if it is a run of ours, it may come home. Args: word (its state word)."""
+        front = self._front
+        if front is not None and block.slot < self.slabs and RUN_WORD.session(word) == front.session:
+            front.note_away(block)
+
     def extent_of(self, block: Block, word: int) -> int:
         """Bytes that an allocated block occupies. Another process may have resized a run since we looked."""
-        if block.word_here == word or block.slot >= self._slabs:
+        if block.word_here == word or block.slot >= self.slabs:
             return block.extent
         return max(pages_for(RUN_WORD.size(word)), 1) << PAGE_SHIFT
 
@@ -347,6 +356,8 @@ class HeapCore:
         """For the session: its end, or this heap's. No thread makes use of what is cached from now on, unless one is
         stuck for `patience_s` seconds."""
         self._is_closed = True
+        self.away.clear()
+        self.homes.clear()
         is_ours = self._gate.acquire(timeout=patience_s)
         try:
             if self._drop_front():
@@ -380,3 +391,5 @@ class HeapCore:
             self._front = None
             self._used = 0
             self.__dict__.pop("alloc", None)
+        self.away.clear()
+        self.homes.clear()

@@ -167,6 +167,11 @@ class Mapping:
                     yield page, page + 1, word
             at = stop
 
+    def page_slots(self, page: int) -> tuple[int, int]:
+        """The two slots whose words tell what a page is: in the directory, and in the map if that is there."""
+        directory = self.shape.directory // WORD + (page >> CHUNK_SHIFT)
+        return directory, self.shape.page_map // WORD + page if self.words[directory] == MAPPED else directory
+
     def is_run_word_ready(self, page: int) -> bool:
         """The run word of `page` may be read: its chunk of the table is committed."""
         entry: int = self.words[self.shape.directory // WORD + page // CHUNK_PAGES]

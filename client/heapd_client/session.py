@@ -51,6 +51,7 @@ from .control import Greeting, await_daemon, is_process_alive, not_found, say_he
 from .handles import Located, checked_handle, locate, locate_at, stale
 from .heap import Heap
 from .heapcore import as_timeout
+from .homing import Guests
 from .mapping import Mapping
 from .registry import register, unregister
 
@@ -122,6 +123,7 @@ class Session:
             context.term()
             raise
         self._connection: Connection | None = self._open_connection(greeting, context)
+        self._guests = Guests(self.arena)
         self._is_closed = False
         register(self)
 
@@ -260,6 +262,7 @@ class Session:
         self._connection = None
         self._default = None
         self._strays.clear()
+        self._guests.clear()
         self._lock = threading.RLock()
         for heap in self._heaps.values():
             heap.forked()
@@ -435,8 +438,12 @@ class Session:
         """
         if self._is_closed:
             raise ClosedError("the session is closed")
+        block = self._guests.reopen(handle)
+        if block is not None:
+            return block
         handle = checked_handle(handle)
-        return self._open(handle, locate(self.arena, handle))
+        located = locate(self.arena, handle)
+        return self._open(handle, located, is_visitor=self.arena.shape.is_run_slot(handle.slot))
 
     def block_at(self, address: int) -> Block:
         """The block that begins at an address, whoever allocated it. As `open`, for who has kept nothing but addresses:
@@ -448,9 +455,10 @@ class Session:
             raise ClosedError("the session is closed")
         if not isinstance(address, int):
             raise InvalidArgumentError(f"an address is an int, not {type(address).__name__}")
-        return self._open(*locate_at(self.arena, address))
+        return self._open(*locate_at(self.arena, address), is_visitor=False)
 
-    def _open(self, handle: Handle, located: Located) -> Block:
+    def _open(self, handle: Handle, located: Located, *, is_visitor: bool) -> Block:
+        """Args: is_visitor (a run whose owner knows of the handle: it may be another session's, and go home)."""
         arena = self.arena
         heap = self._heap_at(located.control_index, handle)
         if heap.is_executable or arena.has_executable_pages:
@@ -458,6 +466,11 @@ class Session:
         form, word = arena.shape.word_format(handle.slot), arena.words[handle.slot]
         if form.generation(word) != handle.generation or form.state(word) != BUSY:
             raise stale(handle)
+        if is_visitor and form.session(word) != self.number:
+            block = heap.guest(handle.slot, handle.address, located.extent, word)
+            if not arena.has_executable_pages:
+                self._guests.keep(block, word)
+            return block
         return Block(heap, handle.slot, handle.address, located.extent, -word)
 
     def _heap_at(self, control_index: int, handle: Handle) -> Heap:
@@ -500,6 +513,7 @@ class Session:
                 finally:
                     connection.close()
             self._heaps.clear()
+            self._guests.clear()
             self._default = None
             self.arena.close()
 

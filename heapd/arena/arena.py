@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from array import array
 from collections.abc import Callable
 from functools import partial
 from mmap import MADV_REMOVE
@@ -32,6 +33,7 @@ from heapd.layout import (
     H_PAGE_COUNT,
     H_PID,
     H_RESERVED,
+    H_SESSIONS_READY,
     H_START_TIME,
     H_STATE,
     H_VERSION,
@@ -46,6 +48,7 @@ from heapd.layout import (
     RUNNING,
     STARTING,
     STOPPED,
+    WORD,
     ArenaShape,
     make_page_word,
 )
@@ -101,6 +104,7 @@ class Arena:
         self._doomed: list[tuple[int, int]] = []  # released ranges that still have to be decommitted
         self._seed = int.from_bytes(os.urandom(4), "little")
         self._controls_ready = 0  # control blocks whose page is committed
+        self._sessions_ready = 0  # session words, likewise
 
     @classmethod
     def create(cls, name: str, *, reserve: int, commit_limit: int | None = None) -> Arena:
@@ -170,9 +174,12 @@ class Arena:
         if self.segment.allocated_bytes != self.budget.committed:  # the kernel counts what nobody recorded
             self._remove_unrecorded()
         first = shape.controls >> PAGE_SHIFT
-        self._controls_ready = self.committed_in(first, (shape.directory >> PAGE_SHIFT) - first)
+        self._controls_ready = self.committed_in(first, (shape.sessions >> PAGE_SHIFT) - first)
         self._controls_ready *= PAGE_SIZE // CONTROL_SIZE
         self.words[H_CONTROLS_READY] = self._controls_ready
+        first = shape.sessions >> PAGE_SHIFT
+        self._sessions_ready = self.committed_in(first, (shape.directory >> PAGE_SHIFT) - first) * (PAGE_SIZE // WORD)
+        self.words[H_SESSIONS_READY] = self._sessions_ready
         # A chunk's run words are committed last.
         first = shape.run_words >> PAGE_SHIFT
         self.pages.restore(self._state[first : first + shape.chunk_count].translate(_IS_COMMITTED))
@@ -226,7 +233,7 @@ class Arena:
         words[H_PAGE_COUNT] = shape.page_count
         words[H_HEAP_LIMIT] = shape.heap_limit
         words[H_COMMIT_LIMIT] = self.budget.limit
-        words[H_CONTROLS_READY] = 0
+        words[H_CONTROLS_READY] = words[H_SESSIONS_READY] = 0
         self.pages.prepare()
         self._granules.give(shape.first_page // GRANULE_PAGES, (shape.page_count - shape.first_page) // GRANULE_PAGES)
         words[H_MAGIC] = MAGIC  # last: a segment without it was never finished
@@ -452,6 +459,23 @@ class Arena:
             self._commit_table(self.shape.controls + ready * CONTROL_SIZE, (until - ready) * CONTROL_SIZE)
             self.words[H_CONTROLS_READY] = self._controls_ready = until
         return self.shape.control_slot(index)
+
+    def set_session(self, number: int, word: int) -> None:
+        """Store the word of a session. Raises: HeapFullError if its page cannot be committed; nothing has changed."""
+        ready = self._sessions_ready
+        if number >= ready:
+            until = align_up(number + 1, PAGE_SIZE // WORD)
+            self._commit_table(self.shape.sessions + ready * WORD, (until - ready) * WORD)
+            self.words[H_SESSIONS_READY] = self._sessions_ready = until
+        self.words[self.shape.session_slot(number)] = word
+
+    def restore_sessions(self, live: dict[int, int]) -> None:
+        """Store the words of the sessions that live, by number, and that no other does."""
+        first = self.shape.session_slot(0)
+        words = array("Q", bytes(self._sessions_ready * WORD))
+        for number, word in live.items():
+            words[number] = word
+        self.words[first : first + len(words)] = memoryview(words)
 
     def next_seed(self) -> int:
         """A number to start generations from: different for each slab made, so that a stale handle into a slab

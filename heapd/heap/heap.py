@@ -214,14 +214,15 @@ class Heap:
                 raise
         return grants
 
-    def give_back(self, address: int, session: int) -> bool:
-        """Take back a block that `session` caches; False, and no change, if it is none."""
+    def give_back(self, address: int, session: int, is_live: Callable[[int], bool] = lambda number: True) -> bool:
+        """Take back a block that `session` caches, or one that is not alive; False, and no change, if it is none."""
         try:
             slab, index, slot = self.locate(address)
         except ValueError:
             return False
         word, form = self.arena.words[slot], self.arena.shape.word_format(slot)
-        if form.state(word) != CACHED or form.session(word) != session:
+        owner = form.session(word)
+        if form.state(word) != CACHED or (owner != session and is_live(owner)):
             return False
         self.take_back(slab, index, slot)
         return True

@@ -225,13 +225,14 @@ class BlockOperations:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
         if request.everything:
             return self._give_back_all(session, shared)
-        taken = sum(shared.heap.give_back(address, session.number) for address in request.addresses)
+        is_live = self._directory.sessions.is_live
+        taken = sum(shared.heap.give_back(address, session.number, is_live) for address in request.addresses)
         return taken if self._directory.arena.is_settled else self._directory.settle_then(taken)
 
     def _give_back_all(self, session: Session, shared: SharedHeap) -> Job:
-        taken = 0
+        taken, is_live = 0, self._directory.sessions.is_live
         for seen, (_, address) in enumerate(shared.heap.lent_slots(), 1):
-            taken += shared.heap.give_back(address, session.number)
+            taken += shared.heap.give_back(address, session.number, is_live)
             if seen % _WORDS_A_SLICE == 0:
                 yield None
                 if shared.is_destroyed:

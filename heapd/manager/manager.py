@@ -15,6 +15,7 @@ from heapd.arena import Arena
 from heapd.errors import (
     HeapdError,
     HeapExistsError,
+    HeapFullError,
     InvalidArgumentError,
     LimitError,
     NoSuchHeapError,
@@ -23,7 +24,7 @@ from heapd.errors import (
 from heapd.heap import NOBODY, Heap, collect_statistics, recount, validate_block, validate_heap, walk
 from heapd.journal import LEAVE, NO_HEAP, OWNERS
 from heapd.layout import (
-    BUSY,
+    CACHED,
     F_EXECUTABLE,
     F_FREE_CHECK,
     F_FREE_ORPHANS,
@@ -166,6 +167,7 @@ class HeapManager:
         manager = cls(memory, clock=clock, limits=limits)
         restore_directory(manager._directory, records, is_applied=volume.applied == records.sequence)
         volume.applied = records.sequence
+        memory.restore_sessions({session.number: session.word for session in manager.sessions if session.is_live})
         for shared in manager.heaps.values():
             shared.heap.drop_unfinished()
         for unanswered in list(manager._directory.unanswered.values()):
@@ -200,8 +202,19 @@ class HeapManager:
 
     # -- sessions ----------------------------------------------------------------------------------------------------
     def open_session(self, pid: int, uid: int, start_time: int = 0) -> Session:
-        """A session for a process. Args: start_time (clock ticks after boot, 0: unknown). Raises: LimitError."""
-        return self.sessions.open(pid, uid, start_time, self._directory.clock())
+        """A session for a process.
+
+        Args: start_time (clock ticks after boot, 0: unknown). Raises: LimitError, HeapFullError.
+        """
+        session = self.sessions.open(pid, uid, start_time, self._directory.clock())
+        try:
+            self.arena.set_session(session.number, session.word)
+        except HeapFullError:
+            self.sessions.end(session)
+            self.sessions.settle(session)
+            self._retire()
+            raise
+        return session
 
     @property
     def live_session_count(self) -> int:
@@ -212,6 +225,7 @@ class HeapManager:
         if not session.is_live:
             return
         self.sessions.end(session)
+        self.arena.set_session(session.number, 0)  # first: nobody sends it blocks any more
         self._directory.room.session_gone(session)
         session.heaps.update((shared.heap_id, shared) for shared in session.closed if not shared.is_destroyed)
         for shared in session.heaps.values():
@@ -233,6 +247,10 @@ class HeapManager:
             if shared.creator == session.number:
                 shared.creator = 0  # the number may be another's soon
         self.sessions.settle(session)
+        self._retire()
+
+    def _retire(self) -> None:
+        """Let the numbers of ended sessions that own no blocks be used again."""
         self.sessions.retire({number for shared in self.heaps.values() for number in shared.orphan_owners})
 
     @staticmethod
@@ -242,17 +260,20 @@ class HeapManager:
         return not shared.openers if shared.name is not None else shared.creator == session.number
 
     def _reap(self, shared: SharedHeap, session: Session) -> Job:
-        """Go through the blocks of a heap that lives on: take back those the ended session cached, and, by the
-        heap's policy, those it had allocated; note which ended sessions still own some."""
+        """Go through the blocks of a heap that lives on: take back those the ended session cached (or another one that
+        ended: they may have been freed to it since), and, by the heap's policy, those it had allocated; note which
+        ended sessions still own some."""
         heap, words = shared.heap, self.arena.words
         owners: set[int] = set()
         for seen, (slot, address) in enumerate(heap.lent_slots(), 1):
             word, form = words[slot], self.arena.shape.word_format(slot)
             number = form.session(word)
-            if number == session.number and (form.state(word) != BUSY or shared.frees_orphans):
+            if self.sessions.is_live(number):
+                pass
+            elif form.state(word) == CACHED or (number == session.number and shared.frees_orphans):
                 slab, index, _ = heap.locate(address)
                 heap.take_back(slab, index, slot)
-            elif not self.sessions.is_live(number):
+            else:
                 owners.add(number)
             if seen % _WORDS_A_SLICE == 0:
                 yield None

@@ -53,6 +53,11 @@ class Session:
     is_ending: bool = False
     allowance: int = 0
 
+    @property
+    def word(self) -> int:
+        """What the arena says of it while it lives; another one than of any session that had the number before."""
+        return self.opened_ns << 1 | 1
+
     def info(self, now_ns: int) -> SessionInfo:
         return SessionInfo(
             number=self.number,

@@ -16,7 +16,6 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple, Protocol
 
 import heapd_client as hc
-from heapd.layout import Handle
 
 __all__ = ["LANES", "Consumer", "Producer", "Setup", "open_lane"]
 
@@ -102,7 +101,7 @@ class _HeapdConsumer:
         self._session.close()
 
     def take(self, number: int) -> int:
-        block = self._session.open(Handle.decode(self._line.recv_bytes()))
+        block = self._session.open(self._line.recv_bytes())
         filled = _check(block.view, number)
         block.free()
         self._slots.release()

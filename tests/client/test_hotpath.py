@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from pickle import PickleBuffer
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ class Rig:
         self.stack, self.larger = Stack(), Stack()
         self.stack_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.stack}
         self.larger_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.larger}
+        self.away: dict[int, Any] = {}
         self.slow: list[Any] = []
         self.depth = 0
         self.at: dict[str, Callable[[], None]] = {}
@@ -69,7 +71,7 @@ class Rig:
         self.take_counts: list[Callable[[], int]] = []
         arguments = (self.words, LIVE_SLOT, LIVE, self.stack_of, self.larger_of, self.slow_alloc)
         if self.lock is None:
-            self.alloc = make_alloc(*arguments)
+            self.alloc = make_alloc(*arguments, {SIZE + 15 >> 4: self.away})
         else:
             self.alloc, count = make_locked_alloc(*arguments, self.lock)
             self.take_counts.append(count)
@@ -552,6 +554,86 @@ def test_a_slow_path_below_alloc_is_harmless(rig: Rig) -> None:
     def slow(size: int, zero: bool, popped: Any) -> None:
         told.append(is_quiet({slow.__code__}))
 
-    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, rig.larger_of, slow)  # type: ignore[arg-type]
+    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, rig.larger_of, slow, {})  # type: ignore[arg-type]
     alloc(1)
     assert told == [True]
+
+
+# -- runs that were handed out -----------------------------------------------------------------------------------------
+@pytest.fixture
+def handed_out() -> Rig:
+    """A rig with nothing cached, and blocks 0 and 1 handed out: BUSY, with what their words are to be once home."""
+    rig = Rig(locked=False, blocks=0)
+    for number in range(2):
+        block = rig.make_block(rig.kind, number, SIZE)
+        rig.words[block.slot] = SLAB_WORD.busy(SESSION, 8, SIZE)
+        block._word = -rig.words[block.slot]
+        block._tail = (40 + number, 7)
+        rig.words[40 + number] = 7
+        rig.away[block.slot] = block
+        del block
+    return rig
+
+
+def come_home(rig: Rig, slot: int) -> None:
+    rig.words[slot] = CACHED_WORD
+
+
+def test_alloc_takes_a_block_that_came_home(handed_out: Rig) -> None:
+    """The one that was out longest, without a list in between; it is no longer away."""
+    come_home(handed_out, 8)
+    block = handed_out.alloc(SIZE)
+    assert (block.slot, handed_out.state(block)) == (8, BUSY)
+    assert block._word == handed_out.words[8] == CACHED_WORD + SIZE
+    assert list(handed_out.away) == [9]
+
+
+def test_a_block_that_is_still_out_stays_so(handed_out: Rig) -> None:
+    """It is looked at last the next time; the slow path decides."""
+    before = handed_out.words[8]
+    handed_out.alloc(SIZE)
+    assert handed_out.slow == [(SIZE, False, None)]
+    assert handed_out.words[8] == before
+    assert list(handed_out.away) == [9, 8]
+
+
+@pytest.mark.parametrize("what", ["shortened", "referred to", "its view referred to"])
+def test_a_block_that_is_not_as_it_was_is_left_to_the_slow_path(handed_out: Rig, what: str) -> None:
+    """Another process shortened the run; or somebody here still has the object, or a view of it."""
+    come_home(handed_out, 8)
+    kept: Any = None
+    if what == "shortened":
+        handed_out.words[40] = 6
+    elif what == "referred to":
+        kept = handed_out.away[8]
+    else:
+        block = handed_out.away[8]
+        block._exporter = memoryview(bytearray(SIZE))
+        block._buffer = PickleBuffer(block._exporter)
+        kept = block._view = memoryview(block._buffer)
+        del block
+    handed_out.alloc(SIZE)
+    assert handed_out.slow == [(SIZE, False, None)]
+    assert handed_out.words[8] == CACHED_WORD
+    assert 8 in handed_out.away
+    del kept
+
+
+def test_an_interrupt_there_leaves_the_block_away(handed_out: Rig, count_references: list[Callable[[], None]]) -> None:
+    """It is found the next time."""
+    come_home(handed_out, 8)
+    count_references.append(interrupt)
+    with pytest.raises(Interrupt):
+        handed_out.alloc(SIZE)
+    assert handed_out.words[8] == CACHED_WORD
+    assert sorted(handed_out.away) == [8, 9]
+    assert handed_out.stack == []
+
+
+def test_a_size_that_is_none_leaves_the_block_away(handed_out: Rig) -> None:
+    """As one that finds the bin, and then is not to be added to a word."""
+    come_home(handed_out, 8)
+    handed_out.alloc(Odd(SIZE))
+    assert len(handed_out.slow) == 1
+    assert handed_out.words[8] == CACHED_WORD
+    assert sorted(handed_out.away) == [8, 9]
