@@ -21,6 +21,7 @@ from heapd.errors import (
     DaemonError,
     DoubleFreeError,
     HeapdError,
+    HeapFullError,
     InvalidArgumentError,
     NoSuchNameError,
     NotABlockError,
@@ -73,6 +74,12 @@ class Heap(HeapCore):
     def alloc_slow(self, size: int, zero: bool, popped: Block | None) -> Block:
         """For the front end: alloc where its hot function does not suffice."""
         size = _as_size(size)
+        try:
+            return self._alloc_held(size, zero, popped)
+        except HeapFullError as shortage:
+            return self.session.retry(shortage, lambda: self._alloc_held(size, zero, None))
+
+    def _alloc_held(self, size: int, zero: bool, popped: Block | None) -> Block:
         self.check()
         block = None
         try:
@@ -166,6 +173,12 @@ class Heap(HeapCore):
             if not isinstance(sizes, Iterable):
                 raise InvalidArgumentError(f"alloc_many takes sizes, not {type(sizes).__name__}")
             wanted = [_as_size(size) for size in sizes]
+        try:
+            return self._alloc_many(wanted, zero)
+        except HeapFullError as shortage:
+            return self.session.retry(shortage, lambda: self._alloc_many(wanted, zero))
+
+    def _alloc_many(self, wanted: list[int], zero: bool) -> list[Block]:
         self.check()
         blocks: list[Block] = []
         try:
@@ -338,6 +351,12 @@ class Heap(HeapCore):
     def realloc(self, block: Block, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:
         """Resize a block of this heap; see Block.realloc."""
         size = _as_size(size)
+        try:
+            return self._realloc(block, size, zero, in_place_only)
+        except HeapFullError as shortage:
+            return self.session.retry(shortage, lambda: self._realloc(block, size, zero, in_place_only))
+
+    def _realloc(self, block: Block, size: int, zero: bool, in_place_only: bool) -> Block:
         self.check()
         self._check_own(block)
         block.release_views()

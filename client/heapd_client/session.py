@@ -10,10 +10,10 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from time import monotonic
-from typing import Any, Final
+from time import monotonic, sleep
+from typing import Any, Final, TypeVar
 
 import zmq
 
@@ -57,9 +57,12 @@ from .registry import register, unregister
 
 __all__ = ["Session", "connect"]
 
+_Result = TypeVar("_Result")
+
 DEFAULT_TIMEOUT_S: Final = 10.0
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
 _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for a session that is closed meanwhile
+_PAUSES_S: Final = (0.001, 0.004, 0.016)  # arbitrary: who is at work makes a call within them; who is idle does not
 _LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
@@ -112,6 +115,7 @@ class Session:
         self._heaps: dict[int, Heap] = {}
         self._default: Heap | None = None
         self._paused: list[Heap] = []  # during a fork
+        self._asked = 0  # other sessions, to give back what they cache, when memory was short last
         self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
         self._lock = threading.RLock()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -229,11 +233,28 @@ class Session:
     def reclaim(self, shortage: HeapFullError, heap_id: int) -> None:
         """Memory is short: give back what this session caches, and ask all others to do so at their next operation, if
         that may help: all that they cache, or what they cache of the heap where the heap's maximum is the bound."""
+        self._asked = 0
         for heap in list(self._heaps.values()):
             with suppress(LookupError, ClosedError):
                 heap.release_cache_if_idle()
         if not isinstance(shortage, QuotaError):
-            self.call(ask.ArenaReclaim(heap_id if shortage.bound == "heap" else 0))
+            self._asked = self.call(ask.ArenaReclaim(heap_id if shortage.bound == "heap" else 0))
+
+    def retry(self, shortage: HeapFullError, attempt: Callable[[], _Result]) -> _Result:
+        """`attempt` some moments later, once more and more: it found no memory, but others were asked for what they
+        cache. For callers that hold no lock, which others may need to give back.
+
+        Raises: what the last attempt raised; `shortage` if nobody was asked.
+        """
+        for pause_s in _PAUSES_S:
+            if not self._asked:
+                break
+            sleep(pause_s)
+            try:
+                return attempt()
+            except HeapFullError as error:
+                shortage = error
+        raise shortage from None
 
     def call_for_memory(self, request: Request, heap_id: int = 0) -> Any:
         """As `call`; where memory is short, caches are asked back first and the request is made once more."""
@@ -347,9 +368,11 @@ class Session:
             (free_check, F_FREE_CHECK),
         ):
             flags |= flag if is_set else 0
-        return self._adopt(
-            self.call_for_memory(ask.HeapCreate(name, initial, maximum, flags, max_block, session_quota))
-        )
+        request = ask.HeapCreate(name, initial, maximum, flags, max_block, session_quota)
+        try:
+            return self._adopt(self.call_for_memory(request))
+        except HeapFullError as shortage:
+            return self.retry(shortage, lambda: self._adopt(self.call_for_memory(request)))
 
     def open_heap(self, name: str) -> Heap:
         """The heap of that name. Raises: NoSuchHeapError."""

@@ -291,17 +291,21 @@ class HeapManager:
     def _arena_statistics(self, session: Session, request: m.ArenaStatisticsGet) -> tuple[Any, ...]:
         return as_tuple(self.arena.statistics(len(self.heaps), len(self.sessions)))
 
-    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> Job | None:
+    def _reclaim(self, session: Session, request: m.ArenaReclaim) -> int | Job:
         if request.heap:
-            self._directory.controls.bump(self._directory.locate(session, request.heap).heap_id)
-            return None
-        return self._reclaim_all()
+            shared = self._directory.locate(session, request.heap)
+            self._directory.controls.bump(shared.heap_id)
+            return len(shared.openers - {session.number})
+        return self._reclaim_all(session)
 
-    def _reclaim_all(self) -> Job:
-        for heap_id in self.heaps:
+    def _reclaim_all(self, session: Session) -> Job:
+        asked: set[int] = set()
+        for heap_id, shared in self.heaps.items():
             self._directory.controls.bump(heap_id)
+            asked |= shared.openers
         for shared in list(self.heaps.values()):  # what heaps keep for themselves is wanted elsewhere
             yield from shared.heap.compact()
+        return len(asked - {session.number})
 
     # -- heaps -------------------------------------------------------------------------------------------------------
     def _create_heap(self, session: Session, request: m.HeapCreate) -> tuple[Any, ...]:

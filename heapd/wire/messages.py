@@ -129,7 +129,7 @@ class ArenaStatisticsGet(Request):
 @dataclass(slots=True)
 class ArenaReclaim(Request):
     """Memory is short: decommit what all heaps have free, and ask every front end to give back what it caches, at its
-    next operation. With `heap`, which must be open, of that heap alone. Answer: None."""
+    next operation. With `heap`, which must be open, of that heap alone. Answer: how many other sessions are asked."""
 
     op: ClassVar[int] = 13
     name: ClassVar[str] = "arena.reclaim"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import pytest
 
@@ -14,10 +16,11 @@ from heapd.layout import F_EXECUTABLE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import EntryKind
 from heapd.units import KIB, MIB, PAGE_SIZE
 from heapd_client import errors
-from tests.client.tools import blocks_of, cached_by, check_empty, count_requests, sizes
+from tests.client.tools import blocks_of, cached_by, check_empty, count_requests, fork, sizes
 from tests.harness import Daemon, wait_until
 
 LARGE_CACHE = 64 * MIB
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def small_cache(session: hc.Session) -> int:
@@ -343,6 +346,62 @@ def test_another_sessions_cache_makes_room(tight: Daemon) -> None:
             heap.alloc(40 * MIB)
         cache.alloc(16).free()
         assert heap.alloc(40 * MIB).size == 40 * MIB
+
+
+def _cache_and_work(endpoint: str, heap_name: str | None, ready: int) -> None:
+    """Cache 40 MiB, of a heap of its own or of that one, and be at work with a heap from then on."""
+    session = hc.connect(endpoint, autostart=False)
+    heap = session.create_heap(serialize=False) if heap_name is None else session.open_heap(heap_name)
+    for block in [heap.alloc(10 * MIB) for _ in range(4)]:
+        block.free()
+    os.write(ready, b"!")
+    while True:
+        heap.alloc(64).free()
+
+
+_NEEDS: dict[str, Callable[[hc.Session, hc.Heap], Any]] = {
+    "alloc": lambda session, heap: heap.alloc(40 * MIB),
+    "many small": lambda session, heap: [heap.alloc(60_000) for _ in range(600)],
+    "alloc_many": lambda session, heap: heap.alloc_many([20 * MIB, 20 * MIB]),
+    "realloc": lambda session, heap: heap.alloc(1 * MIB).realloc(40 * MIB),
+    "create_heap": lambda session, heap: session.create_heap(initial=40 * MIB),
+}
+
+
+@pytest.mark.parametrize(
+    ("need", "bound"), [*((need, "commit") for need in _NEEDS), ("alloc", "heap"), ("many small", "heap")]
+)
+def test_the_cache_of_a_session_at_work_makes_room_before_anything_fails(tight: Daemon, need: str, bound: str) -> None:
+    """It gives back at its next call, which whoever is short of memory waits for some moments: with what the daemon
+    may commit as the bound, or with the maximum of the heap that both use, under its mutex."""
+    with hc.connect(tight.endpoint, autostart=False) as session:
+        is_shared = bound == "heap"
+        heap = session.create_heap("fixed", maximum=48 * MIB) if is_shared else session.create_heap()
+        reader, writer = os.pipe()
+        pid = fork(lambda: _cache_and_work(tight.endpoint, "fixed" if is_shared else None, writer))
+        try:
+            assert os.read(reader, 1) == b"!"
+            assert _NEEDS[need](session, heap)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(reader)
+            os.close(writer)
+
+
+def test_who_is_alone_does_not_wait_for_others(tight: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else can have cached anything: the refusal comes at once."""
+    naps: list[float] = []
+    monkeypatch.setattr("heapd_client.session.sleep", naps.append)
+    with hc.connect(tight.endpoint, autostart=False) as session:
+        heap = session.create_heap(maximum=1 * MIB)
+        kept = heap.alloc(600 * KIB)
+        with pytest.raises(errors.HeapFullError):
+            heap.alloc(600 * KIB)
+        with pytest.raises(errors.HeapFullError):
+            session.create_heap().alloc(100 * MIB)
+        assert naps == []
+        kept.free()
 
 
 def test_a_lease_that_finds_no_memory_for_all_takes_what_there_is(tight: Daemon) -> None:
