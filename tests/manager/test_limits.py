@@ -248,7 +248,7 @@ def test_reclaiming_frees_the_spare_pages_of_every_heap(client: Client, other: C
     wanted = manager.arena.budget.limit - manager.arena.budget.committed + 256 * KIB
     with pytest.raises(HeapFullError):
         other.alloc(mine, wanted)
-    assert other.ask(m.ArenaReclaim()) is None
+    assert other.ask(m.ArenaReclaim()) == 1, "one other session may have something cached"
     other.alloc(mine, wanted)
 
 
