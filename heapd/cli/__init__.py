@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "map": ("heapd.cli.map:map_", "Draw the arena, or a heap."),
     "validate": ("heapd.cli.validate:validate", "Check every invariant of a heap."),
     "locks": ("heapd.cli.locks:locks", "Who holds which heap's lock, and what waiting costs."),
+    "gc": ("heapd.cli.gc:gc", "Remove what killed daemons left behind."),
     "doctor": ("heapd.cli.doctor:doctor", "Is this machine fit for a daemon? What to do where it is not."),
     "demo": ("heapd.cli.demo:demo", "Index a folder with several processes over one shared heap."),
     "stress": ("heapd.cli.stress:stress", "Many clients, random operations, everything checked."),

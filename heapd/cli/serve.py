@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import grp
 import os
+import select
 
 import click
 
@@ -41,6 +42,8 @@ __all__ = ["serve"]
 @click.option("--metrics", type=click.IntRange(0, 65535), metavar="PORT",
               help="Prometheus metrics at http://127.0.0.1:PORT/metrics; 0: any free port, see the log.")  # fmt: skip
 @log_options
+@click.option("--until-eof", type=click.IntRange(min=0), metavar="FD",
+              help="End when this descriptor of a pipe reads end of file: with whoever has its other end.")  # fmt: skip
 @click.option(
     "--ready-fd", type=click.IntRange(min=0), metavar="FD", help="Write a line here once clients are answered."
 )
@@ -57,6 +60,7 @@ def serve(
     metrics: int | None,
     log_level: str,
     log_format: str,
+    until_eof: int | None,
     ready_fd: int | None,
 ) -> None:
     """Run a daemon in the foreground until SIGTERM, Ctrl-C or `heapd stop`.
@@ -70,6 +74,8 @@ def serve(
         raise click.UsageError("--endpoint says it all: leave --name and --runtime-dir away")
     if ready_fd is not None:
         _check_open(ready_fd)
+    if until_eof is not None:
+        _check_pipe(until_eof)
     set_up_logging(log_level, log_format)
     faulthandler.enable()  # a SIGBUS cannot be handled, only explained
     supervise(
@@ -82,6 +88,7 @@ def serve(
             idle_exit_s=idle_exit,
             restarts=restarts,
             metrics_port=metrics,
+            until_eof_fd=until_eof,
             ready_fd=ready_fd,
         )
     )
@@ -107,6 +114,14 @@ def _gid(group: str | None) -> int | None:
         return grp.getgrnam(group).gr_gid
     except KeyError:
         raise click.BadParameter(f"there is no group {group!r}") from None
+
+
+def _check_pipe(descriptor: int) -> None:
+    with select.epoll() as poll:
+        try:
+            poll.register(descriptor)
+        except OSError:
+            raise click.BadParameter(f"descriptor {descriptor} is no open pipe", param_hint="--until-eof") from None
 
 
 def _check_open(descriptor: int) -> None:

@@ -28,6 +28,7 @@ from heapd.layout import WORD
 from heapd.mutex import Mutex, init
 from heapd.server.config import DEFAULT_RESERVE
 from heapd.server.credentials import SO_PEERPIDFD
+from heapd.server.garbage import find_leftovers
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SIZE, format_size
 from heapd.wire import DEFAULT_NAME, Endpoint, check_directory, runtime_directory
 
@@ -314,6 +315,15 @@ def _file_system_of(path: str) -> str:
     return next((fields[2] for fields in reversed(lines) if fields[1] == path), "part of another file system")
 
 
+def _leftovers() -> _Findings:
+    found = find_leftovers()
+    if found:
+        size = format_size(sum(leftover.size for leftover in found))
+        yield WARNING, f"killed daemons and jobs left {len(found)} things, {size}", "see them with heapd gc --dry-run"
+    else:
+        yield OK, "no killed daemon left anything"
+
+
 _CHECKS: Final[dict[str, Callable[[], _Findings]]] = {
     "python": _python,
     "libraries": _libraries,
@@ -329,4 +339,5 @@ _CHECKS: Final[dict[str, Callable[[], _Findings]]] = {
     "directory": _directory,
     "processes": _processes,
     "logout": _logout,
+    "leftovers": _leftovers,
 }

@@ -27,6 +27,7 @@ class Config:
         restarts              times in a minute that a server that died is started again, 0: it has no supervisor
                               (arbitrary: one that dies at once, again and again, gets there within the minute)
         metrics_port          of loopback, for Prometheus over HTTP, 0: any free one, None: no HTTP
+        until_eof_fd          the daemon ends when this reads end of file, None: there is nobody whose end is its own
         ready_fd              a line "ready" is written to it once clients are answered, None: nobody waits
         max_sessions          sessions at once (arbitrary; state words have room for 16,383)
         max_process_sessions  sessions of one process (arbitrary)
@@ -47,6 +48,7 @@ class Config:
     idle_exit_s: float | None = None
     restarts: int = 100
     metrics_port: int | None = None
+    until_eof_fd: int | None = None
     ready_fd: int | None = None
     max_sessions: int = 4096
     max_process_sessions: int = 256

@@ -37,7 +37,7 @@ from heapd.server.gate import SHUT_SUFFIX
 from heapd.units import GRANULE_SIZE, PAGE_SHIFT, align_up, format_size
 from heapd.wire import Endpoint
 
-__all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "inspect_segment"]
+__all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "inspect_segment", "mark_stopped"]
 
 log = logging.getLogger("heapd.server")
 
@@ -151,11 +151,12 @@ def discard(endpoint: Endpoint) -> None:
     for name in dict.fromkeys((endpoint.segment, endpoint.unique_segment)):
         remains = inspect_segment(name)
         if remains is not None and not remains.is_foreign and not remains.is_alive:
-            _mark_stopped(name)
+            mark_stopped(name)
             remove_segment(name)
 
 
-def _mark_stopped(name: str) -> None:
+def mark_stopped(name: str) -> None:
+    """Say in an arena's header that it was stopped on purpose, so that its clients do not wait for another daemon."""
     with contextlib.suppress(OSError):  # nobody has it mapped, then
         descriptor = os.open(f"{_SHM}/{name}", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

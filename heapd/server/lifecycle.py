@@ -18,6 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from types import FrameType
 
 import zmq
@@ -85,6 +86,8 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         for gate in gates:
             gate.open()
         stack.enter_context(_metrics(config, loop, service))
+        if config.until_eof_fd is not None:
+            loop.watch(config.until_eof_fd, partial(_end_at_eof, config.until_eof_fd, loop))
         _log_start(endpoint, arena)
         if link is None:
             say_ready(config)
@@ -112,6 +115,13 @@ def _make_arena(config: Config) -> Arena:
         log.warning("removing the arena %s, which an earlier daemon left behind", claim.name)
         remove_segment(claim.name)
     return Arena.create(claim.name, reserve=config.reserve or DEFAULT_RESERVE, commit_limit=config.commit_limit)
+
+
+def _end_at_eof(descriptor: int, loop: Loop) -> None:
+    """Somebody wrote to the other end, which means nothing, or nobody has it any more."""
+    if not os.read(descriptor, 4096):
+        log.info("the process that this daemon was started for has ended; it ends, too")
+        loop.stop()
 
 
 @contextlib.contextmanager

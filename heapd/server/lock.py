@@ -50,6 +50,21 @@ class DaemonLock:
         lock.take_over()
         return lock
 
+    @staticmethod
+    def is_held(endpoint: Endpoint) -> bool:
+        """Whether some process holds the endpoint's lock. Makes no file, and keeps nothing."""
+        try:
+            descriptor = os.open(endpoint.lock_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
     def take_over(self) -> None:
         """The file names this process from now on, and is its to remove."""
         self._owner = os.getpid()

@@ -16,7 +16,8 @@ from heapd.wire.codec import (
     encode_reply,
     encode_request,
 )
-from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, runtime_directory
+from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, own_directory, runtime_directory
+from heapd.wire.folder import JobFolder, abandoned_folders
 from heapd.wire.messages import (
     CONTROL_OPS,
     MAX_BATCH,
@@ -42,8 +43,10 @@ __all__ = [
     "Access",
     "Endpoint",
     "Envelope",
+    "JobFolder",
     "Reply",
     "Request",
+    "abandoned_folders",
     "check_directory",
     "decode_reply",
     "decode_request",
@@ -51,5 +54,6 @@ __all__ = [
     "encode_reply",
     "encode_request",
     "make_directory",
+    "own_directory",
     "runtime_directory",
 ]

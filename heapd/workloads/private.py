@@ -1,17 +1,15 @@
 """A daemon of one's own for the length of a job: started in a fresh folder, gone afterwards, nothing left.
 
-It runs in a session of its own, so that Ctrl-C reaches the job, which stops it in its own time; and it ends by itself
-should the job be killed before that.
+It runs in a session of its own, so that Ctrl-C reaches the job, which stops it in its own time. Should the job be
+killed before that, the daemon ends with it, by a pipe whose other end the job has; the folder is left to `heapd gc`.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,14 +17,13 @@ from pathlib import Path
 
 import heapd_client as hc
 from heapd.errors import DaemonError
-from heapd.wire import Endpoint
+from heapd.wire import Endpoint, JobFolder
 from heapd.workloads import WorkloadError
 
 __all__ = ["private_daemon", "terminations_raise"]
 
 _START_DEADLINE_S = 20.0
 _STOP_DEADLINE_S = 20.0  # it gives back what it committed, 0.4 s a GiB
-_IDLE_EXIT_S = 30  # after the last session has gone, should nobody stop it
 _SHM = Path("/dev/shm")
 
 
@@ -36,24 +33,39 @@ def private_daemon(name: str, *arguments: str) -> Iterator[str]:
 
     Raises: WorkloadError with what the daemon said if it does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"heapd-{name}-"))
-    try:
-        endpoint = Endpoint(str(folder), name)
-        with (folder / "log").open("wb") as log:
-            daemon = _start(endpoint, log.fileno(), arguments)
+    with JobFolder(name) as folder, _lifeline() as lifeline:
+        endpoint = Endpoint(str(folder.path), name)
+        log = folder.path / "log"
+        with log.open("wb") as file:
+            daemon = _start(endpoint, file.fileno(), lifeline, arguments)
         try:
-            _wait_for(endpoint, daemon, folder / "log")
+            _wait_for(endpoint, daemon, log)
             yield str(endpoint)
         finally:
             _stop(daemon, endpoint)
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """The end of a pipe to give to the daemon; it reads end of file once this process has ended."""
+    ends = os.pipe()
+    try:
+        yield ends[0]
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for end in ends:
+            os.close(end)
 
 
-def _start(endpoint: Endpoint, log: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "heapd", "serve", "--endpoint", str(endpoint), "--idle-exit", str(_IDLE_EXIT_S)]
-    command += arguments
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+def _start(endpoint: Endpoint, log: int, lifeline: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "heapd", "serve", "--endpoint", str(endpoint), "--until-eof", str(lifeline)]
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        pass_fds=[lifeline],
+    )
 
 
 def _wait_for(endpoint: Endpoint, daemon: subprocess.Popen[bytes], log: Path) -> None:

@@ -1,8 +1,8 @@
 """Processes that do one job together: started, let go at once, watched, ended.
 
 Each member has a pipe to the parent that carries words, counts and small results, never a job's data. A member that
-fails says why and ends; one that dies is noticed by its sentinel. Members are spawned with SIGINT blocked, so that
-Ctrl-C reaches the parent alone, which then ends them.
+fails says why and ends; one that dies is noticed by its sentinel. Members are spawned with SIGINT and SIGHUP blocked,
+so that Ctrl-C and the end of the terminal reach the parent alone, which then ends them.
 """
 
 from __future__ import annotations
@@ -173,10 +173,15 @@ def _fate(exit_code: int | None) -> str:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Block SIGINT: a process started meanwhile never sees it; the caller gets it afterwards."""
-    resource_tracker.ensure_running()  # its start, part of any first one, would unblock it
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Block SIGINT and SIGHUP: a process started meanwhile never sees them; the caller gets them afterwards.
+
+    The resource tracker, which the first start of a process starts, is one of them: by itself it survives SIGINT, and
+    SIGHUP would end it before those whose resources it tracks.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # not before: the tracker's start would unblock it
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from heapd.wire import Endpoint
 from tests.cli.conftest import Heapd
-from tests.harness import SEGMENTS
+from tests.harness import SEGMENTS, wait_until
 
 
 @pytest.fixture
@@ -68,19 +69,55 @@ def test_a_folder_that_will_not_do_is_a_clear_error(
     assert message in heapd("demo", make(tmp_path), status=1).err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_demo_leaves_nothing(
-    folder: Path, number: signal.Signals, wait_until: Callable[..., object]
+class Running:
+    """`heapd demo` in the middle of its work, in a session and with a folder for temporary files of its own.
+
+    Field: process.
+    """
+
+    def __init__(self, folder: Path, temporary: Path) -> None:
+        self._temporary = temporary
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "heapd", "demo", str(folder), "--workers", "2", "--rounds", "100"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )  # fmt: skip
+        self._segment = wait_until(self._find_segment, 20)
+
+    def _find_segment(self) -> Path | None:
+        folders = [str(folder) for folder in self._temporary.glob("heapd-demo-*")]
+        paths = [SEGMENTS / Endpoint(folder, "demo").unique_segment for folder in folders]
+        return next((path for path in paths if path.exists()), None)
+
+    @property
+    def has_segment(self) -> bool:
+        return self._segment.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_an_interrupted_demo_leaves_nothing(folder: Path, runtime_dir: Path, number: signal.Signals) -> None:
+    """Ctrl-C, SIGTERM, the end of the terminal (which all processes see): all end, the segment goes, no traceback."""
+    demo = Running(folder, runtime_dir)
+    if number == signal.SIGTERM:
+        demo.process.send_signal(number)
+    else:
+        os.killpg(demo.process.pid, number)
+    _, err = demo.process.communicate(timeout=20)
+    assert demo.process.returncode == 128 + number
+    assert err.strip() == ""
+    assert not demo.has_segment
+    assert list(runtime_dir.iterdir()) == []
+
+
+def test_a_killed_demo_leaves_a_folder_that_gc_removes(
+    heapd: Heapd, folder: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C or SIGTERM in the middle: every process ends, the daemon's segment goes, no traceback."""
-    before = set(os.listdir(SEGMENTS))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "heapd", "demo", str(folder), "--workers", "2", "--rounds", "100"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_until(lambda: any(name.startswith("heapd-demo") for name in set(os.listdir(SEGMENTS)) - before), 20)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
-    assert not [name for name in set(os.listdir(SEGMENTS)) - before if name.startswith("heapd-demo")]
+    """Its daemon ends with it, at once and cleanly; its workers, too (leakcheck)."""
+    demo = Running(folder, runtime_dir)
+    demo.process.kill()
+    demo.process.communicate(timeout=20)
+    wait_until(lambda: not demo.has_segment, 10)
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    [left] = runtime_dir.iterdir()
+    wait_until(lambda: "removed" in heapd("gc", "demo").out, 10)
+    assert not left.exists()

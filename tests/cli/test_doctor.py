@@ -18,7 +18,7 @@ FINDINGS = [
 def test_a_sound_machine_has_exit_status_0(heapd: Heapd) -> None:
     """This one: a daemon runs in the next test. Each check has a line."""
     out = heapd("doctor").out
-    for check in ("python", "kernel", "locks", "shared memory", "descriptors", "directory"):
+    for check in ("python", "kernel", "locks", "shared memory", "descriptors", "directory", "leftovers"):
         assert check in out
     assert "0 problems" in out
 

@@ -136,6 +136,34 @@ def test_a_persistent_heap_keeps_it_alive(start_daemon: StartDaemon) -> None:
     assert daemon.process.wait(10) == 0
 
 
+def test_it_ends_with_whoever_it_was_started_for(runtime_dir: Path) -> None:
+    """The other end of a pipe closes, however its process ended; a byte in it means nothing."""
+    read_end, write_end = os.pipe()
+    ready, told = os.pipe()
+    command = [
+        sys.executable,
+        "-m",
+        "heapd",
+        "serve",
+        "--name",
+        "e",
+        "--until-eof",
+        str(read_end),
+        "--ready-fd",
+        str(told),
+    ]
+    daemon = subprocess.Popen(command, pass_fds=[read_end, told], stderr=subprocess.DEVNULL)
+    os.close(read_end)
+    os.close(told)
+    with open(ready, "rb") as pipe:
+        assert pipe.read() == b"ready\n"
+    os.write(write_end, b"x")
+    assert status(f"ipc://{runtime_dir}/e")["state"] == "running"
+    os.close(write_end)
+    assert daemon.wait(10) == 0
+    assert list(runtime_dir.iterdir()) == []
+
+
 # -- the start -----------------------------------------------------------------------------------------------------
 def test_it_says_when_it_is_ready(runtime_dir: Path) -> None:
     """Whoever started it reads a line from a pipe, and can connect at once."""
@@ -172,6 +200,8 @@ def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:
         (["-e", "demo", "--name", "demo"], 2, "--endpoint says it all"),
         (["--ready-fd", "99"], 2, "not open"),
         (["--idle-exit", "-1"], 2, "--idle-exit"),
+        (["--until-eof", "99"], 2, "no open pipe"),
+        (["--until-eof", "0"], 2, "no open pipe"),  # a file: it would be at its end at once
         (["--commit-limit", "4KiB"], 6, "commit limit"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else None,

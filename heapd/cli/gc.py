@@ -1,0 +1,69 @@
+"""`heapd gc`: list and remove what killed daemons and jobs left behind."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+from rich.text import Text
+
+from heapd.cli.exit_codes import FAILED, OK
+from heapd.cli.params import json_option
+from heapd.cli.tables import console, make_table, print_json
+from heapd.server import Leftover, find_leftovers, remove_leftover
+from heapd.units import format_size
+
+__all__ = ["gc"]
+
+
+@click.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--dry-run", "-n", is_flag=True, help="List only.")
+@click.option("--force", is_flag=True, help="Also arenas that clients have mapped or that a restart would bring back.")
+@click.option("--runtime-dir", "directories", type=click.Path(file_okay=False, resolve_path=True), multiple=True,
+              help="Look for sockets in this directory, too; may be given several times.")  # fmt: skip
+@json_option
+def gc(names: tuple[str, ...], dry_run: bool, force: bool, directories: tuple[str, ...], as_json: bool) -> int:
+    """Remove what daemons and jobs that were killed left behind: segments in /dev/shm, sockets, lock files, folders.
+
+    Only this user's, and only of the daemons NAMEd, if any are. Nothing of a daemon that lives is touched, nor of one
+    that its supervisor is about to start again. An arena whose daemon was killed is kept if clients still have it
+    mapped, or if the next start of that daemon would bring persistent heaps back; --force removes it all the same.
+    """
+    outcomes = [(leftover, _deal_with(leftover, dry_run, force)) for leftover in find_leftovers(names, directories)]
+    if as_json:
+        print_json([{**asdict(leftover), "outcome": outcome} for leftover, outcome in outcomes])
+    elif outcomes:
+        _print(outcomes)
+    else:
+        console().print("nothing is left behind")
+    return FAILED if any(outcome.startswith("failed") for _, outcome in outcomes) else OK
+
+
+def _deal_with(leftover: Leftover, dry_run: bool, force: bool) -> str:
+    """What became of it: "removed", "kept", "would be removed", or "failed: ..."."""
+    if leftover.wanted and not force:
+        return "kept"
+    if dry_run:
+        return "would be removed"
+    try:
+        return "removed" if remove_leftover(leftover, force=force) else "kept"
+    except OSError as error:
+        return f"failed: {error.strerror}"
+
+
+def _print(outcomes: list[tuple[Leftover, str]]) -> None:
+    table = make_table("what", "size", "", left=1)
+    table.columns[2].justify = "left"
+    for leftover, outcome in outcomes:
+        text = Text(f"{leftover.path}\n{leftover.what}")
+        if leftover.wanted:
+            text.append(f"; {leftover.wanted}")
+        table.add_row(text, format_size(leftover.size), outcome)
+    screen = console()
+    screen.print(table)
+    for word in ("removed", "would be removed", "kept"):
+        of = [leftover for leftover, outcome in outcomes if outcome == word]
+        if of:
+            hint = "; --force removes it" if word == "kept" else ""
+            screen.print(f"{len(of)} {word}, {format_size(sum(leftover.size for leftover in of))}{hint}")

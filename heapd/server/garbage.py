@@ -1,0 +1,308 @@
+"""What killed daemons and jobs left behind: found without touching it, removed when nobody wants it.
+
+A thing is owned, and not even listed, while its process lives: an endpoint while its lock is held (by a server, or by
+the supervisor that is about to start one), a segment while its daemon lives or its endpoint is held, a job's folder
+while the job or its daemon lives.
+
+What nobody owns may still be *wanted*: by clients that go on with a dead daemon's arena and wait for the next one, or
+because the next one would bring persistent heaps back. Such an arena is listed and left alone, unless by force. Who has
+a segment open or mapped, of whatever user, the kernel knows: it grants a write lease on a file to its sole holder only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from heapd.errors import DaemonRunningError, HeapdError
+from heapd.layout import (
+    C_FLAGS,
+    C_LIVE,
+    CONTROL_SIZE,
+    F_PERSISTENT,
+    H_CONTROLS_READY,
+    H_HEAP_LIMIT,
+    LAYOUT_VERSION,
+    MAX_HEAPS,
+    WORD,
+    ArenaShape,
+)
+from heapd.server.gate import SHUT_SUFFIX
+from heapd.server.leftovers import clear_sockets, inspect_segment, mark_stopped
+from heapd.server.lock import DaemonLock
+from heapd.wire import Endpoint, abandoned_folders, check_directory, own_directory, runtime_directory
+
+__all__ = ["Leftover", "find_leftovers", "remove_leftover"]
+
+SHM: Final = Path("/dev/shm")
+LEDGER_SUFFIX: Final = "-ledger"
+_PREFIX: Final = "heapd-"
+_FILE: Final = re.compile(rf"(.+)\.(?:control|work|lock)(?:{re.escape(SHUT_SUFFIX)})?")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Something that nobody owns.
+
+    Fields: kind ("arena", "segment", "endpoint", "folder"), path (a file, a folder, or an endpoint's text), size (bytes
+    of memory, or of files), what (how it came to be), wanted (who would miss it, "" if nobody), pids (processes of this
+    user that have it mapped), files (all that goes with it).
+    """
+
+    kind: str
+    path: str
+    size: int
+    what: str
+    wanted: str
+    pids: tuple[int, ...]
+    files: tuple[str, ...]
+
+
+def find_leftovers(names: Collection[str] = (), directories: Collection[str] = ()) -> list[Leftover]:
+    """What is left of this user's daemons and jobs.
+
+    Args: names (of daemons and jobs, none: all), directories (where else endpoints may be than in the user's own and in
+          the folder for temporary files).
+    """
+    held = _held_endpoints()
+    found = list(_folders(held))
+    inside = {leftover.path for leftover in found}
+    found += _endpoints({*directories, *_known_directories()} - inside)
+    found += _segments(held)
+    return [leftover for leftover in found if not names or _name_of(leftover) in names]
+
+
+def remove_leftover(leftover: Leftover, *, force: bool = False) -> bool:
+    """Remove it, unless somebody owns or wants it (now, or by then). Returns: whether it is gone.
+
+    Args:   force (do so although it is wanted: clients that wait for its daemon are told that it was stopped).
+    Raises: OSError with the system's reason.
+    """
+    if leftover.kind == "endpoint":
+        return _remove_endpoint(Endpoint.parse(leftover.path))
+    if leftover.kind == "folder":
+        shutil.rmtree(leftover.path)
+        return True
+    return _remove_segments(leftover, force)
+
+
+def _name_of(leftover: Leftover) -> str:
+    """The daemon's name, or the job's."""
+    name = os.path.basename(leftover.path)
+    if leftover.kind == "endpoint":
+        return name
+    name = name.removeprefix(_PREFIX).removesuffix(LEDGER_SUFFIX)
+    if leftover.kind == "folder":
+        return name.rpartition("-")[0]
+    return re.sub(r"-[0-9a-f]{8}$", "", name)
+
+
+# -- endpoints -----------------------------------------------------------------------------------------------------
+def _known_directories() -> Iterator[str]:
+    yield runtime_directory()
+    yield own_directory(os.environ)
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        yield str(path)
+
+
+def _endpoints(directories: Collection[str]) -> Iterator[Leftover]:
+    for directory in sorted(directories):
+        for endpoint in _endpoints_in(directory):
+            if DaemonLock.is_held(endpoint) or _is_answering(endpoint):
+                continue
+            files = [path for path in _files_of(endpoint) if os.path.lexists(path)]
+            if files:
+                what = "sockets and lock file of a daemon that was killed"
+                yield Leftover("endpoint", str(endpoint), 0, what, "", (), tuple(files))
+
+
+def _endpoints_in(directory: str) -> list[Endpoint]:
+    """Whose files lie in a directory of this user's."""
+    try:
+        if check_directory(directory).uid != os.getuid():
+            return []
+        matches = {match[1] for name in os.listdir(directory) if (match := _FILE.fullmatch(name))}
+        return [Endpoint(directory, name) for name in sorted(matches)]
+    except (HeapdError, OSError):
+        return []
+
+
+def _files_of(endpoint: Endpoint) -> list[str]:
+    sockets = (endpoint.control_path, endpoint.work_path)
+    return [*sockets, *(path + SHUT_SUFFIX for path in sockets), endpoint.lock_path]
+
+
+def _is_answering(endpoint: Endpoint) -> bool:
+    """A daemon lives whose lock file somebody took away."""
+    for path in (endpoint.control_path, endpoint.control_path + SHUT_SUFFIX):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe, suppress(OSError):
+            probe.connect(path)
+            return True
+    return False
+
+
+def _held_endpoints() -> list[Endpoint]:
+    """The endpoints whose lock some process of this user holds, wherever their directories are."""
+    found = set()
+    for pid in _own_processes():
+        with suppress(OSError):
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with suppress(OSError, HeapdError):  # closed meanwhile; a lock file of somebody else's making
+                    directory, name = os.path.split(os.readlink(entry.path))
+                    if name.endswith(".lock"):
+                        found.add(Endpoint(directory, name.removesuffix(".lock")))
+    return [endpoint for endpoint in found if DaemonLock.is_held(endpoint)]
+
+
+def _own_processes() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == os.geteuid():
+                    yield int(name)
+
+
+def _remove_endpoint(endpoint: Endpoint) -> bool:
+    try:
+        lock = DaemonLock.acquire(endpoint)  # so that no daemon begins here meanwhile
+    except DaemonRunningError:
+        return False
+    try:
+        if _is_answering(endpoint):
+            return False
+        clear_sockets(endpoint)
+    finally:
+        lock.release()
+    return True
+
+
+# -- folders of jobs -----------------------------------------------------------------------------------------------
+def _folders(held: list[Endpoint]) -> Iterator[Leftover]:
+    for path in abandoned_folders():
+        if any(endpoint.directory == str(path) for endpoint in held):
+            continue  # its daemon ends by itself, soon
+        files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+        size = sum(file.stat().st_size for file in files)
+        yield Leftover("folder", str(path), size, "folder of a job that was killed", "", (), (str(path),))
+
+
+# -- segments ------------------------------------------------------------------------------------------------------
+def _segments(held: list[Endpoint]) -> Iterator[Leftover]:
+    owned = {name for endpoint in held for name in (f"{_PREFIX}{endpoint.name}", endpoint.unique_segment)}
+    names = {name for name in os.listdir(SHM) if name.startswith(_PREFIX)}
+    for name in sorted(names):
+        arena = name.removesuffix(LEDGER_SUFFIX)
+        remains = inspect_segment(name)
+        if remains is None or remains.is_foreign or remains.is_alive or arena in owned:
+            continue
+        if name.endswith(LEDGER_SUFFIX) and not remains.pid:
+            if arena not in names:
+                yield _leftover("segment", (name,), "ledger without an arena", is_restorable=False)
+            continue
+        ledger = f"{name}{LEDGER_SUFFIX}"
+        parts = (name, ledger) if ledger in names else (name,)
+        if remains.pid and not remains.useless:
+            what = f"arena of the daemon of process {remains.pid}, which was killed"
+            yield _leftover("arena", parts, what, is_restorable=len(parts) == 2 and remains.version == LAYOUT_VERSION)
+        elif remains.pid or _is_blank(name):
+            yield _leftover("segment", parts, f"segment that {remains.useless}", is_restorable=False)
+
+
+def _leftover(kind: str, parts: tuple[str, ...], what: str, *, is_restorable: bool) -> Leftover:
+    paths = [str(SHM / name) for name in parts]
+    wanted, pids = "", tuple[int, ...]()
+    if any(_is_in_use(path) for path in paths):
+        pids = _users_of(paths)
+        who = (
+            f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another user's process"
+        )
+        wanted = f"{who} {'have' if len(pids) > 1 else 'has'} it mapped"
+    elif is_restorable and (count := _count_persistent(paths[0])):
+        wanted = f"the next start of the daemon brings its persistent heaps back ({count})"
+    size = 0
+    for path in paths:
+        with suppress(FileNotFoundError):
+            size += os.stat(path).st_blocks * 512
+    return Leftover(kind, paths[0], size, what, wanted, pids, tuple(paths))
+
+
+def _is_blank(name: str) -> bool:
+    """Begun by a daemon that was killed at once: nothing, or zeros, where a header would be. Else it is not ours."""
+    with suppress(OSError), open(SHM / name, "rb") as file:
+        return not any(file.read(WORD))
+    return False
+
+
+@contextmanager
+def _sole_holder(path: str) -> Iterator[bool]:
+    """Whether nobody has the file open or mapped; nobody can open it while inside. Raises: OSError if it is gone."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # Somebody who opens the file waits for us, and we would be told by a signal: one that does nothing.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)  # and the lease with it
+
+
+def _is_in_use(path: str) -> bool:
+    with suppress(FileNotFoundError), _sole_holder(path) as is_sole:
+        return not is_sole
+    return False
+
+
+def _users_of(paths: list[str]) -> tuple[int, ...]:
+    """This user's processes that have one of the files mapped."""
+    wanted = [path.encode() for path in paths]
+    found = []
+    for pid in _own_processes():
+        with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
+            if any(line.rstrip().endswith(path) for line in file for path in wanted):
+                found.append(pid)
+    return tuple(sorted(found))
+
+
+def _count_persistent(path: str) -> int:
+    """Persistent heaps in an arena that nobody serves. Reads its control blocks, and commits nothing by it."""
+    with suppress(OSError, struct.error), open(path, "rb") as file:
+        header = struct.unpack(f"<{H_CONTROLS_READY + 1}Q", file.read((H_CONTROLS_READY + 1) * WORD))
+        file.seek(ArenaShape(1, MAX_HEAPS).controls)
+        blocks = file.read(min(header[H_CONTROLS_READY], header[H_HEAP_LIMIT], MAX_HEAPS) * CONTROL_SIZE)
+        words = struct.unpack(f"<{len(blocks) // WORD}Q", blocks)
+        step = CONTROL_SIZE // WORD
+        pairs = zip(words[C_LIVE::step], words[C_FLAGS::step], strict=True)
+        return sum(1 for live, flags in pairs if live & 1 and flags & F_PERSISTENT)
+    return 0
+
+
+def _remove_segments(leftover: Leftover, force: bool) -> bool:
+    names = [os.path.basename(path) for path in leftover.files]
+    now = inspect_segment(names[0])
+    if now is not None and now.is_alive:
+        return False
+    if leftover.wanted:
+        if not force:
+            return False
+        mark_stopped(names[0])
+    for path in reversed(leftover.files):  # the ledger first: an arena without one is of no use to anybody
+        with suppress(FileNotFoundError), _sole_holder(path) as is_sole:
+            if not is_sole and not force:
+                return False
+            os.unlink(path)
+    return True
