@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
-from rich.text import Text
 
 from heapd.cli.exit_codes import FAILED, OK
 from heapd.cli.params import json_option
-from heapd.cli.tables import console, make_table, print_json
+from heapd.cli.tables import print_json
 from heapd.server import Leftover, find_leftovers, remove_leftover
 from heapd.units import format_size
 
@@ -36,7 +35,7 @@ def gc(names: tuple[str, ...], dry_run: bool, force: bool, directories: tuple[st
     elif outcomes:
         _print(outcomes)
     else:
-        console().print("nothing is left behind")
+        click.echo("nothing is left behind")
     return FAILED if any(outcome.startswith("failed") for _, outcome in outcomes) else OK
 
 
@@ -53,17 +52,11 @@ def _deal_with(leftover: Leftover, dry_run: bool, force: bool) -> str:
 
 
 def _print(outcomes: list[tuple[Leftover, str]]) -> None:
-    table = make_table("what", "size", "", left=1)
-    table.columns[2].justify = "left"
     for leftover, outcome in outcomes:
-        text = Text(f"{leftover.path}\n{leftover.what}")
-        if leftover.wanted:
-            text.append(f"; {leftover.wanted}")
-        table.add_row(text, format_size(leftover.size), outcome)
-    screen = console()
-    screen.print(table)
+        click.echo(f"{outcome}: {leftover.path} ({format_size(leftover.size)})")
+        click.echo(f"    {leftover.what}{'; ' if leftover.wanted else ''}{leftover.wanted}")
     for word in ("removed", "would be removed", "kept"):
         of = [leftover for leftover, outcome in outcomes if outcome == word]
         if of:
             hint = "; --force removes it" if word == "kept" else ""
-            screen.print(f"{len(of)} {word}, {format_size(sum(leftover.size for leftover in of))}{hint}")
+            click.echo(f"{len(of)} {word}, {format_size(sum(leftover.size for leftover in of))}{hint}")

@@ -38,15 +38,18 @@ def test_what_is_wanted_is_kept_unless_by_force(heapd: Heapd, start_daemon: Star
     """With who wants it, and how to remove it all the same."""
     daemon = start_daemon()
     session = hc.connect(daemon.endpoint, autostart=False)
-    daemon.kill()
-    out = heapd("gc", daemon.name).out
-    assert "has it mapped" in out
-    assert "1 kept" in out
-    assert "--force removes it" in out
-    assert daemon.segments()
-    assert "removed" in heapd("gc", daemon.name, "--force").out
-    assert daemon.segments() == []
-    session.close()
+    try:
+        daemon.kill()
+        out = heapd("gc", daemon.name).out
+        assert f"kept: /dev/shm/{session.segment} (" in out
+        assert "has it mapped" in out
+        assert "1 kept" in out
+        assert "--force removes it" in out
+        assert daemon.segments()
+        assert "removed" in heapd("gc", daemon.name, "--force").out
+        assert daemon.segments() == []
+    finally:
+        session.close()
 
 
 def test_programs_get_it_as_json(heapd: Heapd, killed: Daemon) -> None:
