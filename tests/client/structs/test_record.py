@@ -20,6 +20,7 @@ from heapd_client.errors import (
     WrongHeapError,
 )
 from heapd_client.structs import Record, Text
+from tests.client.programs import in_child
 
 
 class Animal(Record):
@@ -190,6 +191,31 @@ def test_records_travel_between_processes(heap: hc.Heap) -> None:
         pool.submit(free_it, ant).result(30)
     with pytest.raises(StaleHandleError):
         print(ant.legs)
+
+
+def test_a_forked_child_goes_on_with_its_parents_records(heap: hc.Heap) -> None:
+    """It reads and changes them; what it frees is found out in the parent."""
+    ant, bee = Animal.alloc(heap, legs=6), Animal.alloc(heap, legs=6)
+
+    def work() -> None:
+        ant.legs += 1
+        bee.free()
+        assert Animal.alloc(heap, legs=ant.legs).legs == 7
+
+    assert in_child(work) == 0
+    assert ant.legs == 7
+    with pytest.raises(StaleHandleError):
+        print(bee.legs)
+    assert heap.validate() == []
+
+
+def test_a_closed_session_closes_its_records(session: hc.Session) -> None:
+    """As it does blocks; the error says so."""
+    with hc.connect(session.endpoint, autostart=False) as other:
+        ant = Animal.alloc(other.create_heap(), legs=6)
+    for access in (lambda: ant.legs, lambda: setattr(ant, "legs", 1), ant.free, lambda: Animal(ant.block)):
+        with pytest.raises(ClosedError):
+            access()
 
 
 def test_repr_shows_the_fields(heap: hc.Heap) -> None:
