@@ -19,8 +19,9 @@ first, so that a record which was freed, here or by another process, is refused 
 together wants the heap's lock; a number or a link of its own changes at once.
 """
 
+from .declaration import Field
 from .kinds import Array, Kind, Text
-from .record import Field, Record
+from .record import Record
 from .ref import Ref
 
 __all__ = ["Array", "Field", "Kind", "Record", "Ref", "Text"]

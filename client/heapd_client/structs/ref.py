@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import InvalidArgumentError, NotABlockError, StaleHandleError
 
+from .declaration import RecordType
 from .kinds import Kind, Memory, shown
-from .record import Record, RecordType
 
 if TYPE_CHECKING:
     from heapd_client.mapping import Mapping
+
+    from .record import Record
 
 __all__ = ["Ref"]
 

@@ -210,6 +210,7 @@ def test_a_record_within_a_record_is_one_of_its_fields(sample: Any) -> None:
         ([("two words", ctypes.c_int)], "cannot name"),
         ([("free", ctypes.c_int)], "cannot name"),
         ([("_block", ctypes.c_int)], "cannot name"),
+        ([("fields", ctypes.c_int)], "cannot name"),
         ([("a", ctypes.c_int), ("a", ctypes.c_int)], "cannot name"),
     ],
 )

@@ -113,6 +113,10 @@ def test_a_base_record_comes_first(heap: hc.Heap) -> None:
     assert list(Dog.fields) == ["legs", "name", "tricks"]
     assert Dog.legs.offset == Animal.legs.offset
     assert (Animal(dog.block).legs, dog.tricks) == (4, 7)
+    with pytest.raises(InvalidArgumentError, match="'legs' cannot name a field"):
+        type("Bug", (Animal,), {"_fields_": [("legs", c_int32)]})
+    with pytest.raises(InvalidArgumentError, match="'size' cannot name a field"):
+        type("Bug", (Animal,), {"_fields_": [("size", c_int32)], "size": property(len)})
     with pytest.raises(InvalidArgumentError, match="one base record"):
         type("Both", (Dog, Pair), {})
 
