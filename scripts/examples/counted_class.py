@@ -35,7 +35,7 @@ class Counted(Record):
         cls = type(self)
         self.free()
         cls.count -= 1
-        if cls.count == 0:
+        if cls.count == 0 and cls.heap is not None:
             cls.heap.destroy()
             cls.heap = None
 

@@ -35,7 +35,7 @@ def main(session: hc.Session) -> None:
         block.view[:] = TWICE
         with other_process(call, block) as child:
             pass  # until it has ended
-        status = child.exitcode
+        status = child.exitcode or 0
         print(f"  the process ended with {status if status >= 0 else Signals(-status).name}", flush=True)
         print(f"  broken invariants of the heap: {len(block.heap.validate())}", flush=True)
 

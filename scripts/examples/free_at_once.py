@@ -20,11 +20,10 @@ class Node(Record):
     _fields_ = [("key", c_int64), ("left", Ref("Node")), ("right", Ref("Node"))]
 
 
-def grow(heap: hc.Heap, depth: int) -> Node | None:
+def grow(heap: hc.Heap, depth: int) -> Node:
     """A full binary tree of 2**depth - 1 nodes."""
-    if depth == 0:
-        return None
-    return Node.alloc(heap, key=depth, left=grow(heap, depth - 1), right=grow(heap, depth - 1))
+    branches = {name: grow(heap, depth - 1) for name in ("left", "right")} if depth > 1 else {}
+    return Node.alloc(heap, key=depth, **branches)
 
 
 def free_tree(node: Node | None) -> int:

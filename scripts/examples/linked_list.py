@@ -25,8 +25,8 @@ class Node(Record):
 
 def build(heap: hc.Heap, count: int) -> Node:
     """A list of the numbers from 0 to `count` - 1. Returns: its first node."""
-    head = None
-    for value in reversed(range(count)):
+    head = Node.alloc(heap, value=count - 1)
+    for value in reversed(range(count - 1)):
         head = Node.alloc(heap, value=value, next=head)
     return head
 

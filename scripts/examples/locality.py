@@ -35,12 +35,12 @@ class Other(Record):
 
 
 def build(nodes_in: hc.Heap, others_in: hc.Heap, count: int, others: int) -> Node:
-    """A list of `count` nodes, `others` blocks of another kind allocated after each. Returns: its first node."""
-    head = None
-    for value in range(count):
-        head = Node.alloc(nodes_in, value=value, next=head)
+    """A list of `count` nodes, `others` blocks of another kind allocated between two. Returns: its first node."""
+    head = Node.alloc(nodes_in)
+    for value in range(1, count):
         for _ in range(others):
             Other.alloc(others_in)
+        head = Node.alloc(nodes_in, value=value, next=head)
     return head
 
 
@@ -75,7 +75,7 @@ def main(session: hc.Session, nodes: int, others: int) -> None:
     """Walk the same list twice: mixed with blocks of another kind, and in a heap of its own."""
     mixed = session.create_heap()
     own, rest = session.create_heap(), session.create_heap()
-    print(f"{nodes} nodes of {Node.sizeof} bytes, {others} other blocks of that size allocated after each")
+    print(f"{nodes} nodes of {Node.sizeof} bytes, {others} other blocks of that size allocated between two")
     for name, head in (
         ("one heap for all:", build(mixed, mixed, nodes, others)),
         ("a heap of their own:", build(own, rest, nodes, others)),

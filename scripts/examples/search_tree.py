@@ -84,6 +84,7 @@ def main(session: hc.Session, nodes: int, seed: int) -> None:
         print(f"inserted {nodes} keys in {time.perf_counter() - started:.2f} s", flush=True)
 
     node, steps = find(root, nodes // 2)
+    assert node is not None
     print(f"key {node.key} lies at {node.address:#x}, found in {steps} steps; no such key: {find(root, -1)[0]}")
     used = heap.statistics()
     print(f"{used.busy_blocks} nodes of {Node.sizeof} bytes in {used.committed >> 12} pages of {used.slabs} slabs")
