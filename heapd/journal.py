@@ -96,6 +96,9 @@ class Journal:
         """Store a word that recovery could not know."""
         self._words[slot] = word
 
+    def withdraw(self, first: int, end: int) -> None:
+        """Store none of the words that wait for these slots (`end` is the first after them): they are used anew."""
+
     def later(self, action: Callable[[], object]) -> None:
         """Do what makes bytes vanish."""
         action()

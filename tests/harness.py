@@ -204,8 +204,8 @@ class Daemon:
         return answer
 
     def segments(self) -> list[str]:
-        """Names of its segments that are in /dev/shm."""
-        return [name for name in _segments() if name.startswith(f"heapd-{self.name}")]
+        """Names of its segments that are in /dev/shm: the arena's, and the ledger's."""
+        return sorted(name for name in _segments() if name.startswith(f"heapd-{self.name}"))
 
     def stop(self, deadline_s: float = 10.0) -> int:
         """SIGTERM; its exit status."""

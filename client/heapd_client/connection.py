@@ -1,9 +1,9 @@
 """A session's way to its daemon's work socket: a DEALER a thread, request ids, deadlines, repeats.
 
-A call sends one frame and waits for the answer with its id in slices of SLICE_MS. Between slices it looks whether the
-daemon is still there, and repeats the frame now and then: the daemon remembers what it answered, so that a repeat is
-never executed twice. A wait that an exception ends (Ctrl-C, a deadline) leaves its id behind as abandoned; the late
-answer, should it come, is handed to `on_late`, so that what it granted is not lost, and the next call goes on
+A call sends one frame and waits for the answer with its id in slices, of SLICE_MS at first. Between slices it looks
+whether the daemon is still there, and repeats the frame now and then: the daemon remembers what it answered, so that a
+repeat is never executed twice. A wait that an exception ends (Ctrl-C, a deadline) leaves its id behind as abandoned;
+the late answer, should it come, is handed to `on_late`, so that what it granted is not lost, and the next call goes on
 undisturbed.
 
 A daemon that dies is started again on the same arena, and says in the arena's header who it is now. A call that was
@@ -39,12 +39,13 @@ from heapd.errors import (
 from heapd.wire import Reply, Request, decode_reply, encode_request
 from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
-from .control import Greeting, is_process_alive, open_socket
+from .control import SLICE_MS, Greeting, is_process_alive, open_socket
 from .mapping import Mapping, Server
 
 __all__ = ["Connection"]
 
 _REPEAT_S: Final = 1.0  # how long an answer may take before the request is sent again
+_LONGEST_SLICE_MS: Final = 400  # arbitrary: hundreds of processes that wait for a name shall not keep a core busy
 _HURRY_S: Final = 0.2  # the same, after a restart: what was sent meanwhile may have gone to the daemon that died
 _GRANTING: Final = (HeapAlloc, HeapAllocMany, HeapLease)
 _MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a row forgets the oldest
@@ -205,20 +206,24 @@ class Connection:
         deadline = now + self.timeout_s + wait_s
         repeat_s = _REPEAT_S + wait_s
         repeat_at = now + repeat_s
+        slice_ms = SLICE_MS
         while True:
+            self._check_open(request)
+            if self._has_lost_server(channel):
+                is_sent, repeat_s, slice_ms = False, _HURRY_S, SLICE_MS
             try:
                 if not is_sent or now >= repeat_at:
                     is_sent, repeat_at, repeat_s = False, now + repeat_s, _REPEAT_S + wait_s
                     _raw_send(channel.socket, frame)
                     is_sent = True
-                reply = decode_reply(_raw_recv(channel.socket))
-                if reply.request_id == request_id:
-                    return reply
-                self._take_late(channel, reply)
+                if channel.socket.poll(slice_ms):
+                    reply = decode_reply(_raw_recv(channel.socket))
+                    if reply.request_id == request_id:
+                        return reply
+                    self._take_late(channel, reply)
+                slice_ms = min(2 * slice_ms, _LONGEST_SLICE_MS)
             except zmq.Again:
-                self._check_open(request)
-                if self._has_lost_server(channel):
-                    is_sent, repeat_s = False, _HURRY_S
+                pass
             now = monotonic()
             if now >= deadline:
                 raise self._lost(request)

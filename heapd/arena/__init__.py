@@ -3,9 +3,10 @@
 from heapd.arena.arena import Arena
 from heapd.arena.budget import Budget, Headroom, default_commit_limit, measure_headroom
 from heapd.arena.extents import Extents
-from heapd.arena.segment import Segment, remove_segment, segment_exists
+from heapd.arena.segment import SHM_DIRECTORY, Segment, remove_segment, segment_exists
 
 __all__ = [
+    "SHM_DIRECTORY",
     "Arena",
     "Budget",
     "Extents",

@@ -101,7 +101,7 @@ def default_commit_limit() -> int:
 class Budget:
     """Grants commits against the limit and the machine.
 
-    Fields: limit (bytes; fixed), committed (bytes granted and not given back), peak (largest `committed` so far).
+    Fields: limit (bytes), committed (bytes granted and not given back), peak (largest `committed` so far).
     """
 
     def __init__(self, limit: int, *, measure: Callable[[], Headroom] = measure_headroom) -> None:

@@ -293,6 +293,8 @@ class Heap:
         except HeapFullError:
             self.space.give(first, kind.page_count)
             raise
+        # A slab that was dropped to make room for this one may have lain here.
+        self.arena.journal.withdraw(slab.slot - 1, slab.slot + kind.block_count)
         slab.write_head(self.arena.words, self.arena.next_seed())
         # Pages that were committed before stay so; the page map tells which.
         self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)

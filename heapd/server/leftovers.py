@@ -1,8 +1,9 @@
 """What an earlier daemon left behind when it was killed: its socket files and its arena.
 
-An arena is adopted when it is whole, of this layout and of the size that is wanted. One that was never finished, or
-whose daemon was just stopping, holds nothing that anybody was promised, and is removed. One that may hold something
-but cannot be served, because it is of another layout or size, is neither used nor removed: the user is told.
+An arena is adopted, with its ledger, when it is whole, of this layout and of the size that is wanted. One that was
+never finished, or whose daemon was just stopping, holds nothing that anybody was promised, and is removed. One that may
+hold something but cannot be served, because it is of another layout or size, is neither used nor removed: the user is
+told.
 
 All of it is done under the endpoint's lock, so that the earlier daemon is known to be dead. Nothing here maps a
 segment or waits for anything.
@@ -32,10 +33,11 @@ from heapd.layout import (
     STOPPED,
     WORD,
 )
+from heapd.manager import is_ledger_sealed
 from heapd.server.credentials import start_time_of
 from heapd.server.gate import SHUT_SUFFIX
 from heapd.units import GRANULE_SIZE, PAGE_SHIFT, align_up, format_size
-from heapd.wire import Endpoint
+from heapd.wire import LEDGER_SUFFIX, Endpoint
 
 __all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "inspect_segment", "mark_stopped"]
 
@@ -63,14 +65,19 @@ class Remains:
 
 
 class Claim(NamedTuple):
-    """The segment that a daemon is to serve: its name, and whether it is there, to be adopted."""
+    """What a daemon is to serve: the names of arena and ledger, and whether they are there, to be adopted."""
 
-    name: str
+    arena: str
+    ledger: str
     is_there: bool
+
+    @classmethod
+    def of(cls, arena: str, *, is_there: bool) -> Claim:
+        return cls(arena, arena + LEDGER_SUFFIX, is_there)
 
 
 def claim_segment(endpoint: Endpoint, reserve: int | None = None) -> Claim:
-    """What this daemon's segment is to be; what is useless under its name is removed.
+    """What this daemon's segments are to be; what is useless under their names is removed.
 
     The caller holds the endpoint's lock. This is the one place that decides what becomes of an earlier arena.
     Args:   reserve (bytes that the arena is to have, None: any).
@@ -80,7 +87,8 @@ def claim_segment(endpoint: Endpoint, reserve: int | None = None) -> Claim:
     for name in dict.fromkeys((endpoint.segment, endpoint.unique_segment)):
         remains = inspect_segment(name)
         if remains is None:
-            return Claim(name, False)
+            _remove_ledger(name)
+            return Claim.of(name, is_there=False)
         if remains.is_foreign:
             continue  # the name is taken in the flat space of /dev/shm; the next has the directory's hash
         if remains.is_alive:
@@ -89,11 +97,23 @@ def claim_segment(endpoint: Endpoint, reserve: int | None = None) -> Claim:
             )
         if remains.useless:
             log.warning("removing the shared memory segment %s, which %s", name, remains.useless)
-            remove_segment(name)
-            return Claim(name, False)
+            _remove(name)
+            return Claim.of(name, is_there=False)
         _check_fit(name, remains, reserve)
-        return Claim(name, True)
+        return Claim.of(name, is_there=True)
     raise SegmentError(f"the shared memory segment {endpoint.unique_segment} belongs to another user")
+
+
+def _remove(arena: str) -> None:
+    """The arena first: a ledger without one is known to be useless."""
+    remove_segment(arena)
+    _remove_ledger(arena)
+
+
+def _remove_ledger(arena: str) -> None:
+    ledger = inspect_segment(arena + LEDGER_SUFFIX)
+    if ledger is not None and not ledger.is_foreign:
+        remove_segment(arena + LEDGER_SUFFIX)
 
 
 def _check_fit(name: str, remains: Remains, reserve: int | None) -> None:
@@ -129,10 +149,10 @@ def inspect_segment(name: str) -> Remains | None:
         os.close(descriptor)
     if len(header) < _HEADER_WORDS * WORD:
         return Remains(False, useless="was never finished: it has no header", size=status.st_size)
-    return _read_header(struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
+    return _read_header(name, struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
 
 
-def _read_header(words: tuple[int, ...], size: int) -> Remains:
+def _read_header(name: str, words: tuple[int, ...], size: int) -> Remains:
     pid = words[H_PID]
     useless = ""
     if words[H_MAGIC] != MAGIC:
@@ -141,6 +161,8 @@ def _read_header(words: tuple[int, ...], size: int) -> Remains:
         useless = f"the daemon of process {pid} was about to remove"
     elif words[H_VERSION] == LAYOUT_VERSION and words[H_PAGE_COUNT] << PAGE_SHIFT != size:
         useless = f"is damaged: {size} bytes long, and its header says {words[H_PAGE_COUNT] << PAGE_SHIFT}"
+    elif words[H_VERSION] == LAYOUT_VERSION and not is_ledger_sealed(name + LEDGER_SUFFIX):
+        useless = "was never finished: it has no ledger"
     is_alive = bool(pid) and start_time_of(pid) == words[H_START_TIME]
     return Remains(False, pid, is_alive, useless, words[H_VERSION], size)
 
@@ -152,7 +174,7 @@ def discard(endpoint: Endpoint) -> None:
         remains = inspect_segment(name)
         if remains is not None and not remains.is_foreign and not remains.is_alive:
             mark_stopped(name)
-            remove_segment(name)
+            _remove(name)
 
 
 def mark_stopped(name: str) -> None:

@@ -19,12 +19,12 @@ import socket
 import time
 from collections.abc import Iterator
 from functools import partial
-from types import FrameType
+from types import FrameType, TracebackType
 
 import zmq
 
 from heapd import __version__
-from heapd.arena import Arena, remove_segment
+from heapd.arena import Arena
 from heapd.errors import InvalidArgumentError
 from heapd.layout import H_INCARNATION
 from heapd.manager import HeapManager, Limits
@@ -33,7 +33,7 @@ from heapd.server.credentials import start_time_of
 from heapd.server.exporter import Exporter
 from heapd.server.gate import Gate
 from heapd.server.guards import raise_descriptor_limit
-from heapd.server.leftovers import claim_segment, clear_sockets
+from heapd.server.leftovers import Claim, claim_segment, clear_sockets
 from heapd.server.link import READY, STOPPING, SupervisorLink
 from heapd.server.lock import DaemonLock
 from heapd.server.loop import Loop
@@ -63,13 +63,12 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         lock = DaemonLock.acquire(endpoint) if link is None else link.lock
         stack.callback(lock.release)
         limit = raise_descriptor_limit()
-        arena = _make_arena(config)
+        claim = claim_segment(endpoint, config.reserve)
         clear_sockets(endpoint)  # now that it is known that no daemon lives which they could belong to
-        limits = Limits(sessions=config.max_sessions, session_quota=config.session_quota)
-        manager = HeapManager(arena, clock=time.monotonic_ns, limits=limits)
-        stack.callback(manager.shutdown)
-        arena.segment.open_to(config.gid)
-        service = _service(config, manager, arena)
+        promise = stack.enter_context(_Promise(claim.is_there))
+        manager = _adopt(config, claim) if claim.is_there else _create(config, claim)
+        promise.manager = manager
+        service = _service(config, manager, manager.arena)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         stack.callback(context.term)
         gates = (
@@ -83,12 +82,15 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         loop = Loop(service, config, gates, limit, ends[0].fileno())
         stack.callback(loop.close)
         stack.enter_context(_stop_on_signals(loop, ends[1]))
+        if claim.is_there:
+            loop.readmit(manager.sessions)
+        promise.is_given = True
         for gate in gates:
             gate.open()
         stack.enter_context(_metrics(config, loop, service))
         if config.until_eof_fd is not None:
             loop.watch(config.until_eof_fd, partial(_end_at_eof, config.until_eof_fd, loop))
-        _log_start(endpoint, arena)
+        _log_start(endpoint, manager.arena)
         if link is None:
             say_ready(config)
         else:
@@ -109,12 +111,53 @@ def prepare_directory(config: Config) -> None:
     os.umask(0o077)
 
 
-def _make_arena(config: Config) -> Arena:
-    claim = claim_segment(config.endpoint, config.reserve)
-    if claim.is_there:
-        log.warning("removing the arena %s, which an earlier daemon left behind", claim.name)
-        remove_segment(claim.name)
-    return Arena.create(claim.name, reserve=config.reserve or DEFAULT_RESERVE, commit_limit=config.commit_limit)
+class _Promise(contextlib.AbstractContextManager["_Promise"]):
+    """Whether clients may have been told of what is in the arena; then nothing but a stop on purpose removes it, and
+    a server that fails leaves it to the next one. Fields: is_given, manager (once there is one)."""
+
+    def __init__(self, is_given: bool) -> None:
+        self.is_given = is_given
+        self.manager: HeapManager | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.manager is not None and (kind is None or not self.is_given):
+            self.manager.shutdown()
+
+
+def _create(config: Config, claim: Claim) -> HeapManager:
+    """A manager of a new arena. Raises: InvalidArgumentError, SegmentError, HeapFullError; nothing of it is left."""
+    reserve = config.reserve or DEFAULT_RESERVE
+    arena = Arena.create(claim.arena, reserve=reserve, commit_limit=config.commit_limit)
+    try:
+        arena.segment.open_to(config.gid)
+        return HeapManager.create(arena, claim.ledger, clock=time.monotonic_ns, limits=_limits(config))
+    except BaseException:
+        arena.stop()
+        raise
+
+
+def _adopt(config: Config, claim: Claim) -> HeapManager:
+    """The manager that the daemon was which left an arena behind. Raises: SegmentError; the arena stays as it is."""
+    started = time.monotonic()
+    manager = HeapManager.recover(claim.arena, claim.ledger, clock=time.monotonic_ns, limits=_limits(config))
+    arena = manager.arena
+    if config.commit_limit is not None:
+        arena.limit_commit(config.commit_limit)
+    arena.segment.open_to(config.gid)
+    log.warning(
+        "going on with the arena %s of a daemon that died: start %d, %d heaps, %d sessions, %s committed, in %.3f s",
+        claim.arena,
+        arena.words[H_INCARNATION],
+        len(manager.heaps),
+        manager.live_session_count,
+        format_size(arena.budget.committed),
+        time.monotonic() - started,
+    )
+    return manager
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(sessions=config.max_sessions, session_quota=config.session_quota)
 
 
 def _end_at_eof(descriptor: int, loop: Loop) -> None:

@@ -16,7 +16,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ import zmq
 from zmq.backend import Socket as RawSocket
 
 from heapd.errors import MessageError
+from heapd.manager import Session
 from heapd.server.config import Config
 from heapd.server.credentials import ClientProcess, MessageCaller, ProcessTable, connection_of, cut_off, peer_address
 from heapd.server.gate import Gate
@@ -92,6 +93,24 @@ class Loop:
             orphaned()
 
         self.watch(pipe, notice)
+
+    def readmit(self, sessions: Iterable[Session]) -> None:
+        """Take over the sessions of an earlier server, and end first those whose process has died since.
+
+        Raises: OSError if descriptors are short.
+        """
+        service, gone = self._service, []
+        for session in sessions:
+            if session.is_live:
+                process = self._processes.readmit(session.pid, session.uid, session.start_time)
+                service.adopt(session, process)
+                if process.pidfd < 0:
+                    gone.append(process)
+        for process in self._processes.take_fresh():
+            self.watch(process.pidfd, partial(self._end_process, process))
+        self._jobs.extend(service.resume())
+        for process in gone:
+            self._jobs.extend(service.end_process(process))
 
     def stop(self) -> None:
         """End the loop at the end of its turn; may be called from a signal handler."""
@@ -305,6 +324,7 @@ class Loop:
     def _tick(self, now_ns: int) -> None:
         self._next_tick = now_ns + self._tick_ns
         self._forget_idle()
+        self._jobs.extend(self._service.take_chores())
         if self._memory.has_grown():
             self._renew_gates("the process grew by more than %d MiB", self._config.memory_growth >> 20)
         if self._is_shut and self._descriptors.has_room():

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from types import FrameType
 from typing import Any, Final, NoReturn
 
-from heapd.errors import DaemonLostError, HeapdError
+from heapd.errors import DaemonLostError, HeapdError, SegmentError
 from heapd.server.config import Config
 from heapd.server.leftovers import discard
 from heapd.server.lifecycle import STOP_SIGNALS, prepare_directory, say_ready, serve
@@ -204,8 +204,8 @@ class Supervisor:
             log.error("the server process %d was to stop and %s; removing what it left", life.pid, life.end)
             discard(self._config.endpoint)
             return True
-        if life.error is not None and not self._was_ready:
-            raise life.error
+        if life.error is not None and (not self._was_ready or isinstance(life.error, SegmentError)):
+            raise life.error  # the next one would meet the same
         self._count_death(life)
         return False
 

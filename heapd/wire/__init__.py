@@ -16,7 +16,7 @@ from heapd.wire.codec import (
     encode_reply,
     encode_request,
 )
-from heapd.wire.endpoint import DEFAULT_NAME, Endpoint, own_directory, runtime_directory
+from heapd.wire.endpoint import DEFAULT_NAME, LEDGER_SUFFIX, Endpoint, own_directory, runtime_directory
 from heapd.wire.folder import JobFolder, abandoned_folders
 from heapd.wire.messages import (
     CONTROL_OPS,
@@ -41,6 +41,7 @@ __all__ = [
     "PROTOCOL_VERSION",
     "TOKEN_BYTES",
     "Access",
+    "LEDGER_SUFFIX",
     "Endpoint",
     "Envelope",
     "JobFolder",

@@ -21,12 +21,14 @@ from heapd.errors import InvalidArgumentError
 
 __all__ = [
     "DEFAULT_NAME",
+    "LEDGER_SUFFIX",
     "Endpoint",
     "own_directory",
     "runtime_directory",
 ]
 
 DEFAULT_NAME: Final = "default"
+LEDGER_SUFFIX: Final = "-ledger"  # of the segment with the daemon's own records, after the arena's name
 _SCHEME: Final = "ipc://"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MAX_PATH_BYTES: Final = 107  # sockaddr_un's 108 less its closing NUL
@@ -45,6 +47,10 @@ class Endpoint:
         if _NAME.fullmatch(self.name) is None:
             raise InvalidArgumentError(
                 "a daemon's name is 1 to 64 letters, digits, dots, dashes or underscores", field="name"
+            )
+        if self.name.endswith(LEDGER_SUFFIX):
+            raise InvalidArgumentError(
+                f"a daemon's name does not end in {LEDGER_SUFFIX}: so do its ledgers", field="name"
             )
         if "\0" in self.directory:
             raise InvalidArgumentError("a runtime directory's path holds no NUL", field="directory")

@@ -16,7 +16,7 @@ import heapd.wire as heapd_wire
 from heapd.errors import SegmentError
 from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_MAGIC, H_PID, H_START_TIME, MAGIC, WORD
 from heapd.server.credentials import start_time_of
-from heapd.server.leftovers import claim_segment, inspect_segment
+from heapd.server.leftovers import Claim, claim_segment, inspect_segment
 from heapd.wire import Endpoint
 from heapd.wire.messages import HeapDestroy, HeapOpen, SessionClose
 from tests.conftest import StartDaemon
@@ -92,19 +92,23 @@ def test_a_kill_leaves_the_segment_and_nothing_that_would_remove_it(start_daemon
     assert children_of(daemon.process.pid) == [daemon.pid]
     assert children_of(daemon.pid) == []
     daemon.kill()
-    assert len(daemon.segments()) == 1
+    assert len(daemon.segments()) == 2
 
 
-def test_a_start_clears_away_what_a_kill_left(start_daemon: StartDaemon) -> None:
-    """Stale sockets, a stale lock file with a dead pid, a stale arena: none needs a manual step."""
+def test_a_start_goes_on_where_a_kill_left_off(start_daemon: StartDaemon) -> None:
+    """Stale sockets, a stale lock file with a dead pid, an arena without a daemon: none needs a manual step."""
     first = start_daemon(name="again")
-    instance = status(first.endpoint)["segment"]
+    segment = status(first.endpoint)["segment"]
+    with RawSession(first.endpoint) as session:
+        session.create_heap("kept", F_SERIALIZE | F_PERSISTENT)
     first.kill()
     assert files_of(first) == ["again.control", "again.lock", "again.work"]
     second = start_daemon(name="again")
-    assert status(second.endpoint)["segment"] == instance
-    assert re.search(r"WARNING .* removing the arena", second.log)
+    answer = status(second.endpoint)
+    assert (answer["segment"], answer["incarnation"], answer["sessions"]) == (segment, 2, 1)
+    assert re.search(r"WARNING .* going on with the arena .*: start 2, 1 heaps, 1 sessions", second.log)
     with RawSession(second.endpoint) as session:
+        session.ask(HeapOpen("kept"))
         session.alloc(session.create_heap())
 
 
@@ -253,7 +257,7 @@ def test_a_segment_is_its_living_makers() -> None:
 def test_a_segment_that_was_never_finished_is_removed() -> None:
     """Its maker was killed before it wrote who it is."""
     made = MadeUp(os.getpid(), 1, magic=0)
-    assert claim_segment(made.endpoint) == (made.endpoint.segment, False)
+    assert claim_segment(made.endpoint) == Claim.of(made.endpoint.segment, is_there=False)
     assert not made.path.exists()
 
 
@@ -267,7 +271,7 @@ def test_a_name_that_another_user_took_is_left_alone(monkeypatch: pytest.MonkeyP
     try:
         taken[0].write_bytes(b"theirs")
         os.chown(taken[0], 65534, 65534)
-        assert claim_segment(endpoint) == (endpoint.unique_segment, False)
+        assert claim_segment(endpoint) == Claim.of(endpoint.unique_segment, is_there=False)
         taken[1].symlink_to("/etc/hostname")
         with pytest.raises(SegmentError, match="another user"):
             claim_segment(endpoint)

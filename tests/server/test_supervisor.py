@@ -63,8 +63,7 @@ def test_a_server_that_will_not_live_is_given_up(start_daemon: StartDaemon) -> N
     assert daemon.process.wait(10) == 4
     assert re.search(rf"^heapd: the server of .* died 3 times within 60 s.*process {pid} was killed by SIGKILL",
                      daemon.log, re.MULTILINE)  # fmt: skip
-    assert len(daemon.segments()) == 1
-    (SEGMENTS / daemon.segments()[0]).unlink()
+    assert len(daemon.segments()) == 2
     daemon.process.returncode = -signal.SIGKILL  # its end was checked here
 
 
@@ -163,8 +162,7 @@ def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
     """Kill the daemon, and change its segment: its size in bytes, words of its header by name."""
     daemon.status()
     daemon.kill()
-    (name,) = daemon.segments()
-    path = SEGMENTS / name
+    path = SEGMENTS / daemon.segments()[0]
     slots = {"magic": H_MAGIC, "version": H_VERSION, "page_count": H_PAGE_COUNT, "state": H_STATE}
     with path.open("r+b") as file:
         for word, value in words.items():
@@ -173,6 +171,60 @@ def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
         if size is not None:
             file.truncate(size)
     return path
+
+
+def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon) -> None:
+    """Server and supervisor were killed; a start by hand finds heaps, names and bytes as they were."""
+    first = start_daemon(name="left")
+    with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap("work")
+        block = heap.alloc(1000)
+        block.view[:4] = b"kept"
+        heap.publish("it", block)
+        first.kill()
+        second = start_daemon(name="left")
+        assert (session.incarnation, session.daemon_pid) == (2, second.pid)
+        assert bytes(heap.lookup("it").view[:4]) == b"kept"
+        block.free()
+        assert heap.validate() == []
+        with hc.connect(second.endpoint, autostart=False) as other:
+            assert other.open_heap("work").statistics().busy_blocks == 0
+
+
+def test_a_ledger_without_an_arena_is_removed(start_daemon: StartDaemon) -> None:
+    """A daemon that stops removes the arena first; killed before it removes the ledger, it leaves that."""
+    first = start_daemon(name="left")
+    path = leave(first)
+    path.unlink()
+    second = start_daemon(name="left")
+    assert second.status()["incarnation"] == 1
+    assert len(second.segments()) == 2
+
+
+def test_an_arena_without_a_ledger_is_removed(start_daemon: StartDaemon) -> None:
+    """A daemon that starts makes the arena first; killed before it has made the ledger, it leaves that."""
+    first = start_daemon(name="left")
+    leave(first)
+    (SEGMENTS / first.segments()[1]).unlink()
+    second = start_daemon(name="left")
+    assert "which was never finished: it has no ledger" in second.log
+    assert second.status()["incarnation"] == 1
+
+
+def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+    """Something else than a kill has been there: one line says what, and both segments stay."""
+    first = start_daemon(name="left")
+    with hc.connect(first.endpoint, autostart=False) as session:
+        session.create_heap("work", persistent=True)
+    leave(first)
+    ledger = SEGMENTS / first.segments()[1]
+    with ledger.open("r+b") as file:
+        file.seek(4096 + 16)
+        file.write(b"scribble")
+    refused = serve(first.endpoint)
+    assert refused.returncode == 1
+    assert re.fullmatch(r"heapd: the ledger .* is damaged .*\n", refused.stderr)
+    assert len(first.segments()) == 2
 
 
 @pytest.mark.parametrize(

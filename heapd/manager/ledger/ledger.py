@@ -60,6 +60,10 @@ class Ledger(Journal):
         self.note((WORD, slot, word))
         self._stores.append((slot, word))
 
+    def withdraw(self, first: int, end: int) -> None:
+        if self._stores:
+            self._stores[:] = [store for store in self._stores if not first <= store[0] < end]
+
     def later(self, action: Callable[[], object]) -> None:
         self._actions.append(action)
 

@@ -21,12 +21,12 @@ from typing import Final
 from uuid import UUID
 from zlib import crc32
 
-from heapd.arena import Segment
+from heapd.arena import SHM_DIRECTORY, Segment
 from heapd.errors import SegmentError
 from heapd.layout import LAYOUT_VERSION, WORD
 from heapd.units import GIB, MIB, PAGE_SIZE, align_up
 
-__all__ = ["Log", "Volume"]
+__all__ = ["Log", "Volume", "is_ledger_sealed"]
 
 LEDGER_VERSION: Final = 1
 _MAGIC: Final = int.from_bytes(b"heapdlog", "little")
@@ -233,6 +233,18 @@ class Volume:
         """Unlink and unmap it."""
         self.segment.unlink()
         self.segment.close()
+
+
+def is_ledger_sealed(name: str) -> bool:
+    """Whether the ledger of that name is there, and its daemon got so far as to keep records in it. Maps nothing."""
+    try:
+        descriptor = os.open(SHM_DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return os.pread(descriptor, WORD, L_MAGIC * WORD) == _MAGIC.to_bytes(WORD, "little")
+    finally:
+        os.close(descriptor)
 
 
 def _boot_id() -> tuple[int, int]:
