@@ -41,12 +41,11 @@ from heapd.layout import (
 from heapd.server.gate import SHUT_SUFFIX
 from heapd.server.leftovers import clear_sockets, inspect_segment, mark_stopped
 from heapd.server.lock import DaemonLock
-from heapd.wire import Endpoint, abandoned_folders, check_directory, own_directory, runtime_directory
+from heapd.wire import LEDGER_SUFFIX, Endpoint, abandoned_folders, check_directory, own_directory, runtime_directory
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftover"]
 
 SHM: Final = Path("/dev/shm")
-LEDGER_SUFFIX: Final = "-ledger"
 _PREFIX: Final = "heapd-"
 _FILE: Final = re.compile(rf"(.+)\.(?:control|work|lock)(?:{re.escape(SHUT_SUFFIX)})?")
 
