@@ -256,3 +256,16 @@ def say_ready(config: Config) -> None:
         with contextlib.suppress(OSError):  # it may have given up meanwhile
             os.write(config.ready_fd, b"ready\n")
             os.close(config.ready_fd)
+    _notify_systemd()
+
+
+def _notify_systemd() -> None:
+    """As sd_notify(3): in a unit of Type=notify the manager waits for this word.
+
+    Not for a program that is a unit itself, and of whose environment a daemon that it started inherits this.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    is_unit = os.environ.get("SYSTEMD_EXEC_PID") in (None, str(os.getpid()))
+    if address and is_unit:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"READY=1", address.replace("@", "\0", 1) if address[0] == "@" else address)

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +140,37 @@ def test_a_persistent_heap_keeps_it_alive(start_daemon: StartDaemon) -> None:
         session.ask(HeapDestroy(heap))
         session.ask(SessionClose())
     assert daemon.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("is_abstract", [False, True], ids=["path", "abstract"])
+def test_it_says_when_it_is_ready_to_systemd_too(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abstract: bool
+) -> None:
+    """One datagram to $NOTIFY_SOCKET, from the process that the manager started."""
+    name = f"@{unique_name()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        manager.bind(name.replace("@", "\0"))
+        manager.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        daemon = start_daemon()
+        word, credentials, _, _ = manager.recvmsg(64, socket.CMSG_SPACE(12))
+    assert word == b"READY=1"
+    assert struct.unpack("3i", credentials[0][2])[0] == daemon.process.pid
+
+
+def test_it_says_nothing_for_the_unit_that_started_it(
+    start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program's own readiness is its own to tell, whatever it starts."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        monkeypatch.setenv("SYSTEMD_EXEC_PID", str(os.getpid()))
+        assert start_daemon().stop() == 0
+        with pytest.raises(BlockingIOError):
+            manager.recv(64)
 
 
 def test_it_ends_with_whoever_it_was_started_for(runtime_dir: Path) -> None:
