@@ -35,7 +35,9 @@ _LINES_AT_ONCE: Final = 500  # each echo flushes
 
 
 @click.command("heaps")
-@click.option("--pid", type=click.IntRange(min=1), help="Only the heaps that this process has open, its default first.")
+@click.option(
+    "--pid", type=click.IntRange(1, 2**31 - 1), help="Only the heaps that this process has open, its default first."
+)
 @click.option("--blocks", is_flag=True, help="Also every allocated block's address and size.")
 @json_option
 @endpoint_option

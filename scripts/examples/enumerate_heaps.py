@@ -51,7 +51,7 @@ def allocate_a_little() -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("pid", type=click.IntRange(min=1), required=False)
+@click.argument("pid", type=click.IntRange(1, 2**31 - 1), required=False)
 @click.option("--endpoint", "-e", help="The daemon whose client it is.  [default: $HEAPD_ENDPOINT, else the user's]")
 def main(pid: int | None, endpoint: str | None) -> None:
     """Print every heap of process PID, and the address and size of every block; without a PID, of this process

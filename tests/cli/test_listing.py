@@ -174,7 +174,14 @@ def test_without_a_daemon_the_message_says_how_to_start_one(heapd: Heapd, comman
 
 @pytest.mark.parametrize(
     "arguments",
-    [("heaps", "--pid", "x"), ("heaps", "--pid", "0"), ("walk",), ("walk", "x", "--limit", "-1"), ("validate",)],
+    [
+        ("heaps", "--pid", "x"),
+        ("heaps", "--pid", "0"),
+        ("heaps", "--pid", str(2**31)),
+        ("walk",),
+        ("walk", "x", "--limit", "-1"),
+        ("validate",),
+    ],
 )
 def test_a_wrong_command_line_ends_with_2(heapd: Heapd, arguments: tuple[str, ...]) -> None:
     """Click's usage error, not a traceback."""
