@@ -119,12 +119,10 @@ def portrait(manager: HeapManager) -> dict[str, Any]:
 
 def heap_portrait(heap: Heap) -> Any:
     space = heap.space
+    slabs = heap.slabs.items()
     return (
         (heap.maximum, heap.max_block, heap.allocations, heap.releases),
-        {
-            first: (slab.kind, slab.carved, bytes(map(bool, slab.lent)), sorted(slab.free))
-            for first, slab in heap.slabs.items()
-        },
+        {first: (slab.kind, slab.carved, bytes(map(bool, slab.lent)), sorted(slab.free)) for first, slab in slabs},
         [[slab.first_page for slab in slabs] for slabs in heap.partial],
         heap.runs,
         set(heap.unfinished),
