@@ -15,7 +15,7 @@ import pytest
 
 from heapd.arena import Arena, Segment
 from heapd.errors import HeapdError, error_from_wire
-from heapd.layout import F_FREE_ORPHANS, F_PERSISTENT, F_SERIALIZE
+from heapd.layout import CHUNK_SHIFT, F_FREE_ORPHANS, F_PERSISTENT, F_SERIALIZE, RUN_WORD
 from heapd.manager import HeapManager
 from heapd.manager.ledger import Ledger
 from heapd.manager.ledger.volume import Log
@@ -109,6 +109,10 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Fate:
 
         monkeypatch.setattr(owner, name, method)
 
+    # Slices so small that a block of 1 MiB is committed, and decommitted, over several turns.
+    monkeypatch.setattr("heapd.manager.blocks.SLICE_BYTES", MIB)
+    monkeypatch.setattr("heapd.heap.heap.SLICE_PAGES", 128)
+    monkeypatch.setattr("heapd.arena.arena.SLICE_PAGES", 128)
     monkeypatch.setattr(Segment, "__init__", init)
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     mortal_method(Arena, "_remove")
@@ -123,7 +127,7 @@ class Undead:
     def __init__(self, fate: Fate) -> None:
         self.fate = fate
         self._name = f"heapd-{unique_name()}"
-        arena = Arena.create(self._name, reserve=64 * MIB, commit_limit=22 * MIB)
+        arena = Arena.create(self._name, reserve=32 * MIB, commit_limit=5 * MIB)
         self._serve(HeapManager.create(arena, f"{self._name}-ledger"))
 
     def _serve(self, manager: HeapManager) -> None:
@@ -207,10 +211,8 @@ class Scene:
         self.other = HeapInfo(*self.do(self.bob, m.HeapCreate("o", 0, 0, F_FREE_ORPHANS)))
         self.do(self.bob, m.HeapOpen("h"))
         self.do(self.alice, m.HeapOpen("o"))
-        sizes = [64, 64, 1000, 5000, 70_000, 300_000, 2 * MIB]
-        self.blocks = [
-            (Grant(*self.do(self.alice, m.HeapAlloc(self.heap.heap_id, size))), size) for size in sizes
-        ]
+        sizes = [64, 64, 1000, 5000, 70_000, 300_000, MIB + 1]
+        self.blocks = [(Grant(*self.do(self.alice, m.HeapAlloc(self.heap.heap_id, size))), size) for size in sizes]
         for seed, (grant, size) in enumerate(self.blocks):
             fill(it.manager.arena, grant.address, size, seed)
         self.do(self.alice, m.NamePublish(self.heap.heap_id, "n", *self.blocks[2][0][1:3]))
@@ -253,6 +255,17 @@ class Scene:
 
     def check(self) -> None:
         check_manager(self.it.manager)
+        self._check_run_words()
+
+    def _check_run_words(self) -> None:
+        """Where no run begins, its word names nobody: a handle to the run that was there finds out."""
+        arena = self.it.manager.arena
+        for shared in self.it.manager.heaps.values():
+            for region in shared.heap.space.in_order():
+                for page in range(region.first, region.end):
+                    if page not in shared.heap.runs and arena.pages.is_mapped(page >> CHUNK_SHIFT):
+                        word = arena.words[arena.shape.run_slot(page)]
+                        assert word == RUN_WORD.free(RUN_WORD.generation(word)), page
 
 
 @contextmanager
