@@ -104,4 +104,5 @@ class Journal:
         action()
 
     def hasten(self) -> None:
-        """Do it now: what waits is of no block that the request took back, and the memory is needed."""
+        """Do now what waits, for its memory is needed. A request that takes memory has taken no block back before:
+        what waits is of empty slabs, or of ranges that were released by earlier requests."""

@@ -414,7 +414,7 @@ class Heap:
         for page in range(first, first + page_count):
             del self._slab_of_page[page]
         self._note((NO_SLAB, first))
-        self._store(slab.slot - 1, 0)
+        self.arena.words[slab.slot - 1] = 0  # at once: these pages may be taken again before the journal commits
         self.space.give(first, page_count)
 
     def locate(self, address: int) -> tuple[Slab | None, int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from heapd.arena import Arena
 from heapd.errors import (
@@ -118,7 +118,7 @@ class HeapManager:
         *,
         clock: Callable[[], int] = time.monotonic_ns,
         limits: Limits | None = None,
-    ) -> HeapManager:
+    ) -> Self:
         """A manager of a new arena, whose records are kept in a segment of their own, named `ledger`.
 
         Raises: SegmentError if that cannot be made; nothing of it is left.
@@ -146,7 +146,7 @@ class HeapManager:
         *,
         clock: Callable[[], int] = time.monotonic_ns,
         limits: Limits | None = None,
-    ) -> HeapManager:
+    ) -> Self:
         """The manager that an earlier process was, from its arena and its ledger: names of segments.
 
         Heaps, blocks, sessions, names and remembered answers are as they were. The caller looks which sessions'

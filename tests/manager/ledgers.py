@@ -4,63 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 from heapd.arena import Arena, remove_segment
 from heapd.heap import Heap
-from heapd.manager import KEPT_REPLIES, HeapManager, Limits, Session
+from heapd.manager import HeapManager, Session
+from heapd.manager.ledger import Ledger, retell
 from heapd.units import MIB
 from heapd.wire import messages as m
 from tests.harness import unique_name
 
 
-class Mortal:
-    """An arena and its ledger, and the manager that serves them now. Fields: manager, arena_name, ledger_name."""
+class Committing(HeapManager):
+    """Commits as the service does: after each slice of whatever it does."""
 
-    def __init__(self, *, reserve: int = 256 * MIB, limits: Limits | None = None) -> None:
+    def handle(self, session: Session, request: m.Request) -> Any:
+        try:
+            outcome = super().handle(session, request)
+        finally:
+            self.commit(session, 0, b"")
+        return self._committed(outcome) if isinstance(outcome, Generator) else outcome
+
+    def end_session(self, session: Session) -> Any:
+        return self._committed(super().end_session(session))
+
+    def _committed(self, job: Any) -> Any:
+        try:
+            while True:
+                try:
+                    decided = next(job)
+                except StopIteration as end:
+                    return end.value
+                self.commit(None, 0, b"")
+                yield decided
+        finally:
+            self.commit(None, 0, b"")
+
+    def compaction(self) -> Generator[None, None, None]:
+        """The job that makes the ledger small, due or not."""
+        assert isinstance(self._ledger, Ledger)
+        return self._ledger.compact(retell(self._directory))
+
+
+class Mortal:
+    """An arena, its ledger, and the manager that serves them now. Fields: manager, arena_name, ledger_name."""
+
+    def __init__(self, *, reserve: int = 256 * MIB) -> None:
         self.arena_name = f"heapd-{unique_name()}"
         self.ledger_name = f"{self.arena_name}-ledger"
-        self._limits = limits
         arena = Arena.create(self.arena_name, reserve=reserve, commit_limit=200 * MIB)
-        self.manager = HeapManager.create(arena, self.ledger_name, limits=limits)
-        self._ids = count(1)
+        self.manager = Committing.create(arena, self.ledger_name)
 
-    def restart(self) -> HeapManager:
+    def restart(self) -> Committing:
         """The manager is gone as if killed; the next one is made from what it left."""
-        self.abandon()
-        self.manager = HeapManager.recover(self.arena_name, self.ledger_name, limits=self._limits)
+        self.let_go()
+        self.manager = Committing.recover(self.arena_name, self.ledger_name)
         return self.manager
 
-    def abandon(self) -> None:
-        """Let go of the mappings, as the end of a process does."""
+    def let_go(self) -> None:
+        """Unmap both segments, as the end of a process does."""
+        ledger = self.manager.arena.journal
+        assert isinstance(ledger, Ledger)
+        ledger.volume.segment.close()
         self.manager.arena.segment.close()
-
-    def remove(self) -> None:
-        remove_segment(self.arena_name)
-        remove_segment(self.ledger_name)
-
-    def ask(self, session: Session, request: m.Request, request_id: int = 0) -> Any:
-        """Do a request as the service does: commit after each slice, and the answer with the last."""
-        return finish_committed(self.manager, session, self.manager.handle(session, request), next(self._ids))
-
-
-def finish_committed(manager: HeapManager, session: Session | None, outcome: Any, request_id: int = 0) -> Any:
-    """Run a job to its end, committing as the service does."""
-    if isinstance(outcome, Generator):
-        while True:
-            try:
-                next(outcome)
-            except StopIteration as end:
-                outcome = end.value
-                break
-            manager.commit(session, 0, b"")
-    if session is not None and request_id:
-        session.replies[request_id] = b"answer"
-        while len(session.replies) > KEPT_REPLIES:
-            del session.replies[next(iter(session.replies))]
-    manager.commit(session, request_id, b"answer" if request_id else b"")
-    return outcome
 
 
 @contextmanager
@@ -70,8 +76,9 @@ def mortal(**options: Any) -> Iterator[Mortal]:
     try:
         yield it
     finally:
-        it.abandon()
-        it.remove()
+        it.let_go()
+        remove_segment(it.arena_name)
+        remove_segment(it.ledger_name)
 
 
 def portrait(manager: HeapManager) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Ledger(Journal):
         self.sequence = sequence
         self._log = volume.active
         self._next: Log | None = None  # being compacted to
+        self._is_compacting = False
         self._threshold = _SMALL
         self._pack = msgpack.Packer().pack
         self._changes: list[Change] = []
@@ -68,6 +69,11 @@ class Ledger(Journal):
         self._actions.append(action)
 
     def hasten(self) -> None:
+        if self._stores:  # first: they may go where memory is about to be removed
+            words = self._words
+            for slot, word in self._stores:
+                words[slot] = word
+            self._stores.clear()
         while self._actions:
             self._actions.pop(0)()
 
@@ -84,15 +90,7 @@ class Ledger(Journal):
         if self._next is not None:
             self._append_next(record)
         changes.clear()
-        self._carry_out()
-
-    def _carry_out(self) -> None:
-        words = self._words
-        if self._stores:
-            for slot, word in self._stores:
-                words[slot] = word
-            self._stores.clear()
-        if self._actions:
+        if self._stores or self._actions:
             self.hasten()
         self.volume.applied = self.sequence
 
@@ -115,44 +113,49 @@ class Ledger(Journal):
         for telling in tellings:
             self._log.append(self._pack((0, *telling)))
         self._changes.clear()
-        self._carry_out()
+        self.hasten()
         self.volume.seal()
 
     @property
     def is_large(self) -> bool:
         """Whether it is time to compact."""
-        return self._next is None and self._log.end > self._threshold
+        return not self._is_compacting and self._log.end > self._threshold
 
     def compact(self, tellings: Iterator[Telling]) -> Generator[None, None, None]:
         """Make the log small again; a job. Where there is no memory for that, it ends without, and is due again."""
-        self._next = self.volume.spare
-        started, before = time.monotonic(), self._log.end
+        self._is_compacting = True
         try:
-            deadline = time.monotonic_ns() + _SLICE_NS
-            for telling in tellings:
-                self._append_next(self._pack((0, *telling)))
-                if time.monotonic_ns() > deadline:
-                    yield
-                    deadline = time.monotonic_ns() + _SLICE_NS
-                if not self._is_compacting:
-                    break
-            else:
+            yield from self.volume.spare.wipe()  # of what a compaction wrote that was given up
+            started, before = time.monotonic(), self._log.end
+            self._next = self.volume.spare
+            yield from self._retell(tellings)
+            if self._has_next:
                 self._switch()
                 took = time.monotonic() - started
                 log.info("the ledger was compacted from %d to %d bytes in %.3f s", before, self._log.end, took)
+            yield from self.volume.spare.wipe()
         finally:
             self._next = None
-        for _ in self.volume.spare.wipe():
-            yield
+            self._is_compacting = False
+
+    def _retell(self, tellings: Iterator[Telling]) -> Generator[None, None, None]:
+        deadline = time.monotonic_ns() + _SLICE_NS
+        for telling in tellings:
+            if not self._has_next:
+                return
+            self._append_next(self._pack((0, *telling)))
+            if time.monotonic_ns() > deadline:
+                yield
+                deadline = time.monotonic_ns() + _SLICE_NS
 
     @property
-    def _is_compacting(self) -> bool:
+    def _has_next(self) -> bool:
         return self._next is not None
 
     def _switch(self) -> None:
         assert self._next is not None
         self.volume.switch()
-        self._log = self._next
+        self._log, self._next = self._next, None
         self._threshold = max(_SMALL, 2 * self._log.end)
 
     def _append_next(self, record: bytes) -> None:

@@ -14,7 +14,7 @@ written down whatever /dev/shm says by then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from mmap import MADV_REMOVE
 from pathlib import Path
 from typing import Final
@@ -114,7 +114,7 @@ class Log:
         self._committed = self._committed // _STEP * _STEP
         self.make_room()
 
-    def wipe(self) -> Iterator[None]:
+    def wipe(self) -> Generator[None, None, None]:
         """Make it empty, in slices."""
         for start in range(0, align_up(max(self._committed, self.end), _STEP), _WIPE_SLICE):
             self._remove(self._base + start, min(_WIPE_SLICE, self._size - start))
