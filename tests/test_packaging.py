@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,28 @@ def test_the_version_stands_in_one_place() -> None:
 def test_the_packages_are_typed(package: str) -> None:
     """Type checkers read both packages' annotations."""
     assert (ROOT / package / "py.typed").is_file()
+
+
+@pytest.mark.nightly
+def test_a_type_checker_sees_the_types_from_outside_the_checkout(tmp_path: Path) -> None:
+    """In the environment that scripts/setup makes, for a program that lies anywhere."""
+    pytest.importorskip("mypy")
+    if not (Path(sysconfig.get_path("purelib")) / "heapd-checkout.pth").exists():
+        pytest.skip("this environment was not made by scripts/setup")
+    (tmp_path / "program.py").write_text(
+        "import heapd_client as hc\n"
+        "with hc.connect() as session:\n"
+        "    reveal_type(session.create_heap().alloc(64).view)\n"
+        "    session.create_heap().alloc('64')\n"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", "program.py"],
+        cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True, check=False,
+    ).stdout  # fmt: skip
+    assert 'Revealed type is "memoryview' in told
+    assert 'program.py:4: error: Argument 1 to "alloc" of "Heap" has incompatible type "str"' in told
+    assert "Found 1 error" in told
 
 
 def test_the_extras_are_those_the_readme_names() -> None:
