@@ -114,8 +114,10 @@ def was_block(arena: Mapping, address: int) -> bool:
     if info is None:
         return False
     page, rest = divmod(address, PAGE_SIZE)
-    if info.kind == KIND_SLAB or rest or not arena.is_run_word_ready(page):
+    if info.kind in (KIND_SLAB, KIND_RUN):
         return _find_slot(arena, address, info) is not None
+    if rest or not arena.is_run_word_ready(page):
+        return False
     return RUN_WORD.generation(arena.words[arena.shape.run_slot(page)]) > 0
 
 

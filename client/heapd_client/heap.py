@@ -32,7 +32,7 @@ from heapd.errors import (
 from heapd.layout import F_FREE_ORPHANS, RUN_WORD, Handle
 from heapd.records import Entry, EntryKind, HeapStatistics, Publication, Violation
 from heapd.sizeclass import class_of
-from heapd.units import PAGE_SHIFT, pages_for
+from heapd.units import MIB, PAGE_SHIFT, pages_for
 from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
@@ -282,6 +282,9 @@ class Heap(HeapCore):
                 front = self._front_end()
                 word = self.word_of(block)
                 if front is None or not self._is_ours_to_cache(word, block):
+                    return False
+                if self.releases_large and block.extent >= MIB:
+                    self.note_growth(-block.extent)
                     return False
                 working.add(me)
                 if not self._send_home(front, block, word):

@@ -64,7 +64,8 @@ def as_timeout(timeout: Any) -> float | None:
 class HeapCore:
     """The part of Heap below its functions; see Heap.
 
-    Fields: live_slot (of the heap's live word).
+    Fields: live_slot (of the heap's live word), releases_large (blocks of 1 MiB and more go back to the system when
+    they are freed, past the caches).
     """
 
     def __init__(self, session: Session, mapping: Mapping, info: HeapInfo) -> None:
@@ -81,6 +82,7 @@ class HeapCore:
         self._unlock = held(self._mutex).__exit__
         self._is_serialized = bool(info.flags & F_SERIALIZE)
         self.is_executable = bool(info.flags & F_EXECUTABLE)
+        self.releases_large = False
         self._exempt: set[int] = set()  # threads (by ident) that take no mutex now
         self._is_closed = False
         self.live_slot = self._control + C_LIVE

@@ -111,7 +111,7 @@ def realloc(rules: Rules, hMem: Any, uBytes: Any, uFlags: Any) -> int:
         memory.check_block(mem, ERROR_NOACCESS)
     with memory.locked():
         found = memory.table.find(mem) if is_handle(mem) else None
-        if flags & ~rules.valid or (flags & rules.discardable and not flags & _MODIFY):
+        if flags & ~(rules.valid | _MODIFY) or (flags & rules.discardable and not flags & _MODIFY):
             raise Failure(ERROR_INVALID_PARAMETER, "an object is made discardable by MODIFY alone")
         if found is None:
             if flags & _MODIFY:

@@ -37,6 +37,7 @@ class OpenHeap:
         flags = heap.info.flags
         self.heap = heap
         self.handle = heap.info.base
+        heap.releases_large = True  # as Windows does
         self.blocks: dict[int, Block] = {}
         self.raises = bool(flags & F_GENERATE_EXCEPTIONS)
         self.is_serialized = bool(flags & F_SERIALIZE)
