@@ -89,6 +89,7 @@ class HeapCore:
         self.slabs = mapping.shape.first_page * (PAGE_SIZE // WORD)  # the first slot that may be in a slab
         self._live_word = info.epoch << 1 | 1
         self._recoveries: int = self._words[self._control + C_RECOVERED]  # at the last `lock`
+        self._was_locked = False  # by `lock`, ever
         self._front: FrontEnd | None = None  # made at the first alloc or free; `self.alloc` is its hot function then
         self._had_front = False
         self._used = 0  # bytes that were in use when the front end before went
@@ -284,6 +285,7 @@ class HeapCore:
         self.check()
         timeout = as_timeout(timeout)
         mutex = self._mutex
+        self._was_locked = True
         lock = HeldLock.of(self._unlock, self.mapping)
         words, holder = self._words, self._control + C_HOLDER
         me = self.session.number << 32 | os.getpid()
@@ -302,6 +304,12 @@ class HeapCore:
             mutex.unwind(mark)
             raise
         return lock
+
+    @property
+    def must_stay_mapped(self) -> bool:
+        """A thread of this process holds the lock, perhaps: what the C library knows of the locks that a thread holds
+        leads through the mutexes themselves, and its next lock of any heap would go there."""
+        return self._was_locked and os.path.exists(f"/proc/self/task/{self._mutex.owner_tid()}")
 
     def unlock(self) -> None:
         """Give up a `lock` that was not taken by `with`.

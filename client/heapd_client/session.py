@@ -65,6 +65,7 @@ _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for
 _PAUSES_S: Final = (0.001, 0.004, 0.016)  # arbitrary: who is at work makes a call within them; who is idle does not
 _LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
+_kept_mapped: Final[list[Mapping]] = []  # arenas of closed sessions in which a thread holds a lock yet
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
 
 
@@ -115,6 +116,7 @@ class Session:
         self._heaps: dict[int, Heap] = {}
         self._default: Heap | None = None
         self._paused: list[Heap] = []  # during a fork
+        self._left_locked: list[Heap] = []  # closed or destroyed with their locks held
         self._asked = 0  # other sessions, to give back what they cache, when memory was short last
         self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
         self._lock = threading.RLock()
@@ -450,6 +452,8 @@ class Session:
                 del self._heaps[heap.id]
             if self._default is heap:
                 self._default = None
+            if heap.must_stay_mapped:
+                self._left_locked.append(heap)
 
     # -- blocks by handle --------------------------------------------------------------------------------------------
     def open(self, handle: Handle | bytes) -> Block:
@@ -535,10 +539,16 @@ class Session:
                     pass
                 finally:
                     connection.close()
+            self._keep_locked_mapped()
             self._heaps.clear()
             self._guests.clear()
             self._default = None
             self.arena.close()
+
+    def _keep_locked_mapped(self) -> None:
+        """Keep the mapping for good if a thread goes on holding a heap's lock there."""
+        if any(heap.must_stay_mapped for heap in [*self._heaps.values(), *self._left_locked]):
+            _kept_mapped.append(self.arena)
 
     def leave(self, patience_s: float) -> None:
         """At the end of the process: close, unless another thread is still at work with it."""
@@ -552,6 +562,7 @@ class Session:
         if self._is_closed or self._is_left:
             return
         self._is_closed = True
+        self._keep_locked_mapped()
         if self._connection is not None:
             self._connection.close(0.0)
         self.arena.close()

@@ -267,3 +267,23 @@ def test_the_child_of_a_holder_does_not_hold(heap: hc.Heap) -> None:
     with heap.lock():
         assert in_child(try_lock) == 0
         assert depth(heap) == 1
+
+
+def test_a_lock_held_when_its_session_ends_can_do_no_harm(session: hc.Session) -> None:
+    """The C library's list of what a thread holds leads through the mutexes: their arena stays mapped. In a child: the
+    lock is held for good."""
+
+    def leave_locked() -> None:
+        for is_destroyed in (False, True):
+            other = hc.connect(session.endpoint, autostart=False)
+            heap = other.create_heap()
+            heap.lock()
+            if is_destroyed:
+                heap.destroy()
+            other.close()
+            del heap, other
+            gc.collect()
+            with hc.connect(session.endpoint, autostart=False) as another, another.create_heap().lock():
+                pass
+
+    assert in_child(leave_locked) == 0

@@ -260,7 +260,7 @@ def HeapLock(hHeap: int | None) -> bool:
     """
     found = heap_of(address(hHeap))
     if found.is_serialized:
-        found.heap.lock()
+        found.lock()
     return True
 
 
@@ -269,5 +269,5 @@ def HeapUnlock(hHeap: int | None) -> bool:
     """Give the heap's lock up once. False if the calling thread does not hold it: ERROR_NOT_LOCKED."""
     found = heap_of(address(hHeap))
     if found.is_serialized:
-        found.heap.unlock()
+        found.unlock()
     return True

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from threading import get_ident
 from typing import ParamSpec, TypeVar
 
-from heapd.errors import NotABlockError
+from heapd.errors import HeapdError, NotABlockError
 from heapd.layout import F_GENERATE_EXCEPTIONS, F_SERIALIZE, HEAP_INDEX_BITS, PAGE_COMMITTED
 
 from ..block import Block
@@ -39,6 +40,7 @@ class OpenHeap:
         self.handle = heap.info.base
         heap.releases_large = True  # as Windows does
         self.blocks: dict[int, Block] = {}
+        self._locks: dict[int, int] = {}  # by HeapLock, of each thread
         self.raises = bool(flags & F_GENERATE_EXCEPTIONS)
         self.is_serialized = bool(flags & F_SERIALIZE)
         self._index = heap.id & _INDEX_MASK
@@ -121,6 +123,25 @@ class OpenHeap:
     def size_of(self, address: int) -> int:
         """Bytes asked for. Raises: Failure."""
         return self.find(address).size
+
+    # -- the lock ----------------------------------------------------------------------------------------------------
+    def lock(self) -> None:
+        """HeapLock. Raises: Failure; not held then."""
+        me = get_ident()
+        self.heap.lock()
+        self._locks[me] = self._locks.get(me, 0) + 1
+
+    def unlock(self) -> None:
+        """Raises: LockNotHeldError."""
+        self.heap.unlock()
+        me = get_ident()
+        self._locks[me] = max(self._locks.get(me, 0) - 1, 0)
+
+    def let_go(self) -> None:
+        """At the end of the session: give up what HeapLock took in this thread."""
+        for _ in range(self._locks.pop(get_ident(), 0)):
+            with suppress(HeapdError):
+                self.heap.unlock()
 
     # -- the whole heap ----------------------------------------------------------------------------------------------
     def validate(self, flags: int, address: int) -> bool:

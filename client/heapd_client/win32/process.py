@@ -104,6 +104,7 @@ class Process:
     def destroy(self, found: OpenHeap) -> None:
         """Raises: HeapdError."""
         found.heap.destroy()
+        found.let_go()
         self._forget(found.handle)
 
     def _forget(self, handle: int) -> None:
@@ -117,7 +118,10 @@ class Process:
         self.table = Table()
 
     def end(self) -> None:
+        """Give up the locks of this thread, and close the session if it is ours."""
         hot.clear()
+        for found in self._open.values():
+            found.let_go()
         self._open.clear()
         if self.is_own:
             self.session.close()

@@ -118,31 +118,32 @@ def CloseHandle(hObject: int | None) -> bool:
 def Heap32ListFirst(hSnapshot: int | None, lphl: Any) -> bool:
     """The first heap of a snapshot. False: ERROR_NO_MORE_FILES if it has none, ERROR_INVALID_PARAMETER if dwSize is
     not set, ERROR_INVALID_HANDLE."""
-    found, entry = _snapshot(hSnapshot), _checked(lphl, HEAPLIST32)
+    handle, entry = address(hSnapshot), instance_of(lphl, HEAPLIST32)
+    found, entry = _snapshot(handle), _checked(entry)
     return _fill_list(entry, found, 0)
 
 
 @fails_with(False)
 def Heap32ListNext(hSnapshot: int | None, lphl: Any) -> bool:
     """The heap after the one that the structure holds. False as Heap32ListFirst."""
-    found, entry = _snapshot(hSnapshot), _checked(lphl, HEAPLIST32)
+    handle, entry = address(hSnapshot), instance_of(lphl, HEAPLIST32)
+    found, entry = _snapshot(handle), _checked(entry)
     handles = [handle for _, handle, _ in found]
     at = handles.index(entry.th32HeapID) + 1 if entry.th32HeapID in handles else len(handles)
     return _fill_list(entry, found, at)
 
 
-def _snapshot(hSnapshot: Any) -> list[tuple[int, int, int]]:
-    found = _snapshots.get(address(hSnapshot))
+def _snapshot(handle: int) -> list[tuple[int, int, int]]:
+    found = _snapshots.get(handle)
     if found is None:
         raise Failure(ERROR_INVALID_HANDLE, "no snapshot")
     return found
 
 
-def _checked(argument: Any, kind: type[_T]) -> _T:
+def _checked(entry: _T | None) -> _T:
     """The caller's structure. Raises: Failure if it is NULL, or its dwSize is not its size."""
-    entry = instance_of(argument, kind)
-    if entry is None or entry.dwSize != sizeof(kind):
-        raise Failure(ERROR_INVALID_PARAMETER, f"a {kind.__name__} with dwSize {sizeof(kind)} is needed")
+    if entry is None or entry.dwSize != sizeof(entry):
+        raise Failure(ERROR_INVALID_PARAMETER, "a structure is needed, its size in dwSize")
     return entry
 
 
@@ -158,8 +159,8 @@ def _fill_list(entry: HEAPLIST32, found: list[tuple[int, int, int]], at: int) ->
 def Heap32First(lphe: Any, th32ProcessID: int, th32HeapID: int) -> bool:
     """The first block of a heap of a process, busy or free. False: ERROR_NO_MORE_FILES if there is none, or no such
     heap; ERROR_INVALID_PARAMETER if dwSize is not set."""
-    entry, pid, handle = _checked(lphe, HEAPENTRY32), dword(th32ProcessID) or os.getpid(), address(th32HeapID)
-    owner = process()
+    pid, handle = dword(th32ProcessID) or os.getpid(), address(th32HeapID)
+    entry, owner = _checked(instance_of(lphe, HEAPENTRY32)), process()
     info = _find_heap(owner, pid, handle)
     if info is None:
         raise Failure(ERROR_NO_MORE_FILES, f"process {pid} has no heap {handle:#x}")
@@ -173,8 +174,7 @@ def Heap32First(lphe: Any, th32ProcessID: int, th32HeapID: int) -> bool:
 def Heap32Next(lphe: Any) -> bool:
     """The block after the one that the structure holds. False: ERROR_NO_MORE_FILES at the end, ERROR_INVALID_DATA if
     the heap has gone meanwhile."""
-    entry = _checked(lphe, HEAPENTRY32)
-    owner = process()
+    entry, owner = _checked(instance_of(lphe, HEAPENTRY32)), process()
     info = _find_heap(owner, entry.th32ProcessID, entry.th32HeapID)
     if info is None:
         raise Failure(ERROR_INVALID_DATA, "the heap is gone")
