@@ -82,12 +82,12 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         loop = Loop(service, config, gates, limit, ends[0].fileno())
         stack.callback(loop.close)
         stack.enter_context(_stop_on_signals(loop, ends[1]))
+        stack.enter_context(_metrics(config, loop, service))  # before anybody is promised anything: it may fail
         if claim.is_there:
             loop.readmit(manager.sessions)
         promise.is_given = True
         for gate in gates:
             gate.open()
-        stack.enter_context(_metrics(config, loop, service))
         if config.until_eof_fd is not None:
             loop.watch(config.until_eof_fd, partial(_end_at_eof, config.until_eof_fd, loop))
         _log_start(endpoint, manager.arena)
