@@ -17,11 +17,22 @@ from typing import Any, Final
 import heapd.mutex
 import heapd_client as hc
 from heapd.errors import BlockTooLargeError, CannotResizeInPlaceError, HeapFullError
-from heapd.units import KIB, MIB
+from heapd.units import KIB, MIB, align_up
 
 _LETTER = struct.Struct("<40sQ")  # less than PIPE_BUF: written whole or not at all
 _LIBRARY: Final = {heapd.mutex.__file__, *map(str, Path(hc.__file__).parent.glob("*.py"))}
 _HOT: Final = str(Path(hc.__file__).parent / "hotpath.py")  # traced, it would see references that are not there
+
+# Shares of all sizes up to here, and the bounds in bytes: of slabs, of small runs, of runs that are cached by size and
+# come home to who allocated them, and of runs that are committed in slices.
+_SIZES: Final = (
+    (0.6, 8, 300),
+    (0.75, 300, 9000),
+    (0.85, 9000, 64 * KIB),
+    (0.995, 64 * KIB, 300 * KIB),
+    (1, MIB, 17 * MIB),
+)
+_FRAMES: Final = ((1, 64 * KIB + 1, 300 * KIB),)
 
 
 class Post:
@@ -68,7 +79,7 @@ class Actor:
         self._inbox = inbox
         self._outboxes = outboxes
         self._stamp = seed << 32
-        self._most_live = 150
+        self._sizes, self._most_live = self._random.choice(((_SIZES, 150), (_SIZES, 150), (_FRAMES, 40)))
         self._own: hc.Heap | None = None
         self._closed: str | None = None
         actions: tuple[tuple[Callable[[], None], int], ...] = (
@@ -109,10 +120,9 @@ class Actor:
     # -- operations ------------------------------------------------------------------------------------------------
     def _size(self) -> int:
         roll = self._random.random()
-        low, high = (8, 300) if roll < 0.7 else (300, 9000) if roll < 0.9 else (9000, 90_000)
-        if roll > 0.995:
-            low, high = MIB, 17 * MIB
-        return int(low * (high / low) ** self._random.random())
+        low, high = next(bounds for share, *bounds in self._sizes if roll <= share)
+        size = int(low * (high / low) ** self._random.random())
+        return size if size < 64 * KIB else align_up(size, 64 * KIB)  # few sizes: what came home is wanted again
 
     def _heap(self) -> hc.Heap:
         return self._random.choice(self._heaps)
