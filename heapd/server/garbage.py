@@ -212,7 +212,7 @@ def _segments(held: list[Endpoint]) -> Iterator[Leftover]:
         ledger = f"{name}{LEDGER_SUFFIX}"
         parts = (name, ledger) if ledger in names else (name,)
         if remains.pid and not remains.useless:
-            what = f"arena of the daemon of process {remains.pid}, which was killed"
+            what = f"arena of the daemon of process {remains.pid}, which died"
             yield _leftover("arena", parts, what, is_restorable=len(parts) == 2 and remains.version == LAYOUT_VERSION)
         elif remains.pid or _is_blank(name):
             yield _leftover("segment", parts, f"segment that {remains.useless}", is_restorable=False)

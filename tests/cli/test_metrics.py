@@ -15,7 +15,7 @@ import pytest
 import heapd_client as hc
 from tests.cli.conftest import Heapd
 from tests.conftest import StartDaemon
-from tests.harness import Daemon, wait_until
+from tests.harness import Daemon, unique_name, wait_until
 
 parser = pytest.importorskip("prometheus_client.parser", reason="needs the extra heapd[metrics]")
 
@@ -71,7 +71,7 @@ def test_a_port_that_is_taken_keeps_the_daemon_from_starting(start_daemon: Start
     """With one line, and nothing left behind."""
     daemon = start_daemon("--metrics", "0")
     found: Any = re.search(r"127.0.0.1:(\d+)", daemon.log)
-    second = Daemon(daemon.directory, "second", ("--metrics", found[1]))
+    second = Daemon(daemon.directory, unique_name(), ("--metrics", found[1]))
     assert second.process.wait(20) == 1
     assert re.fullmatch(r"(.*\n)*heapd: metrics cannot be served on .*; choose another port\n", second.log)
     assert second.segments() == []

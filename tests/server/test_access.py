@@ -16,7 +16,7 @@ import heapd_client as hc
 from heapd.cli import main
 from heapd.errors import AccessError
 from tests.conftest import StartDaemon
-from tests.harness import SEGMENTS, Daemon
+from tests.harness import SEGMENTS, Daemon, unique_name
 from tests.server.raw import status
 from tests.server.strangers import GROUP, NOBODY, needs_root, run_as
 
@@ -76,7 +76,7 @@ def group_daemon(common_place: Path, start_daemon: StartDaemon) -> Iterator[Daem
     """A daemon that is open to GROUP."""
     directory = common_place / "run"
     directory.mkdir(mode=0o700)
-    daemon = Daemon(directory, "group", ("--group", str(GROUP)))
+    daemon = Daemon(directory, unique_name(), ("--group", str(GROUP)))
     try:
         daemon.status()
         yield daemon
@@ -149,9 +149,9 @@ def test_a_group_gets_in_and_no_further(group_daemon: Daemon) -> None:
     directory = group_daemon.directory
     assert (mode_of(directory), directory.stat().st_gid) == (0o750, GROUP)
     for which in ("control", "work"):
-        path = directory / f"group.{which}"
+        path = directory / f"{group_daemon.name}.{which}"
         assert (mode_of(path), path.stat().st_gid) == (0o660, GROUP)
-    assert mode_of(directory / "group.lock") == 0o600
+    assert mode_of(directory / f"{group_daemon.name}.lock") == 0o600
     arena = status(group_daemon.endpoint)["segment"]
     for name in group_daemon.segments():
         assert mode_of(SEGMENTS / name) == (0o660 if name == arena else 0o600)
@@ -183,7 +183,7 @@ def test_a_member_may_ask_but_not_stop_the_daemon(group_daemon: Daemon) -> None:
     attempt(lambda: os.unlink(where.control_path))
     """
     answers = run_as(NOBODY, body, group_daemon.endpoint, groups=[GROUP])
-    assert answers[0] == "did group"
+    assert answers[0] == f"did {group_daemon.name}"
     assert answers[1].startswith("AccessError this daemon is user 0's to stop")
     assert answers[2].startswith("PermissionError")
     assert group_daemon.is_running
@@ -200,7 +200,7 @@ def test_a_user_outside_the_group_gets_nowhere(group_daemon: Daemon) -> None:
 def test_one_who_got_a_connection_by_other_means_is_asked_for_the_group(group_daemon: Daemon) -> None:
     """The daemon believes the kernel, not the file's permissions: a socket opened by mistake lets nobody in."""
     group_daemon.directory.chmod(0o755)
-    (group_daemon.directory / "group.control").chmod(0o666)
+    (group_daemon.directory / f"{group_daemon.name}.control").chmod(0o666)
     try:
         [answer] = run_as(NOBODY, _HELLO, group_daemon.endpoint, "5000", groups=[GROUP + 1])
     finally:

@@ -19,7 +19,7 @@ from heapd.layout import C_LIVE, F_PERSISTENT, F_SERIALIZE, H_STATE, STOPPED, WO
 from heapd.server import Leftover, find_leftovers, remove_leftover
 from heapd.server.lock import DaemonLock
 from heapd.wire import Endpoint, JobFolder
-from heapd.wire.messages import SessionClose
+from heapd.wire.messages import HeapOpen, SessionClose
 from tests.conftest import StartDaemon
 from tests.harness import SEGMENTS, Daemon, children_of, is_alive, unique_name, wait_until
 from tests.server.raw import RawSession
@@ -132,15 +132,6 @@ def test_an_arena_that_a_client_has_mapped_is_kept(start_daemon: StartDaemon) ->
     session.close()
 
 
-def with_ledger(daemon: Daemon) -> Path:
-    """A ledger beside the daemon's arena, if it has none: with it the next start goes on."""
-    path = SEGMENTS / f"{Path(kinds(daemon)['arena'].path).name}-ledger"
-    if not path.exists():
-        path.write_bytes(b"ledger")
-        path.chmod(0o600)
-    return path
-
-
 def test_persistent_heaps_are_kept_for_the_next_start(start_daemon: StartDaemon) -> None:
     """Arena and ledger go together or not at all; the number of heaps is said."""
     daemon = start_daemon()
@@ -150,29 +141,33 @@ def test_persistent_heaps_are_kept_for_the_next_start(start_daemon: StartDaemon)
         session.create_heap("c", F_SERIALIZE)
         session.ask(SessionClose())
     daemon.kill()
-    ledger = with_ledger(daemon)
     arena = kinds(daemon)["arena"]
     assert arena.wanted == "the next start of the daemon brings its persistent heaps back (2)"
-    assert arena.files == (arena.path, str(ledger))
+    assert arena.files == (arena.path, f"{arena.path}-ledger")
     assert not remove_leftover(arena)
-    assert ledger.exists()
-    assert remove_leftover(arena, force=True)
+    second = Daemon(daemon.directory, daemon.name)
+    try:
+        with RawSession(second.endpoint) as session:
+            session.ask(HeapOpen("b"))
+            session.ask(SessionClose())
+        assert second.status()["restarts"] == 1
+    finally:
+        second.kill()
+    assert remove_leftover(kinds(daemon)["arena"], force=True)
     assert daemon.segments() == []
 
 
 def test_an_arena_without_persistent_heaps_is_wanted_by_nobody(killed: Daemon) -> None:
     """Its sessions are dead, and their heaps would go at the next start."""
-    ledger = with_ledger(killed)
     arena = kinds(killed)["arena"]
-    assert arena.wanted == ""
+    assert (arena.wanted, len(arena.files)) == ("", 2)
     assert remove_leftover(arena)
-    assert not ledger.exists()
+    assert killed.segments() == []
 
 
 def test_a_scribbled_control_block_is_only_a_wrong_number(killed: Daemon) -> None:
     """Whatever clients wrote there, nothing breaks, and nothing beyond what is committed is read."""
     path = Path(kinds(killed)["arena"].path)
-    with_ledger(killed)
     blocks = path.stat().st_blocks
     with path.open("r+b") as file:
         file.seek(4096)
