@@ -40,6 +40,7 @@ _GENERATIONS: Final = RUN_WORD.generation_mask
 _SESSION_AND_SIZE: Final = (1 << _GENERATION) - 1
 _SESSION: Final = RUN_WORD.cached(SESSION_MASK, 0)
 _new: Final[Callable[..., Any]] = tuple.__new__  # a named tuple without the Python function that its class calls
+_any_handle: Final[Callable[[Block], Handle]] = Block.handle.fget  # type: ignore[attr-defined]
 _ALONE: Final = 3  # references to an object in a dict, in a local name, and as getrefcount's argument
 
 
@@ -70,6 +71,7 @@ class Away:
         Args: key (of the bin), own (the word of a cached run of this session, but for the generation).
         """
         away, by_slot, tail, instance = self.of(key), self._by_slot, self._tail, self._mapping.instance
+        slabs = self._mapping.shape.first_slab_slot
 
         def handle(self: Any) -> Handle:
             word = self._word
@@ -80,6 +82,8 @@ class Away:
                 self._base = (((word >> _GENERATION) + 1 & _GENERATIONS) or 1) << _GENERATION | own  # `_following`
                 by_slot[self.slot] = away
                 away[self.slot] = self
+            elif self.slot >= slabs:  # the object stands for a small block since it was resized
+                return _any_handle(self)
             return _new(Handle, (instance, self.slot, self.address, abs(word) >> _GENERATION))  # type: ignore[no-any-return]
 
         return property(handle, doc=Block.handle.__doc__)

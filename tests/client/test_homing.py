@@ -254,3 +254,14 @@ def test_a_heap_whose_orphans_are_freed_sends_nothing_home(shared_daemon: Daemon
         handle = heap.alloc(FRAME).handle
         other.open(handle).free()
     assert blocks_of(heap, EntryKind.CACHED) == blocks_of(heap, EntryKind.BUSY) == []
+
+
+@pytest.mark.parametrize("size", [100, 5000, 40_000, 200_000])
+def test_a_frame_that_was_resized_has_a_handle_all_the_same(producer: hc.Heap, consumer: hc.Heap, size: int) -> None:
+    """Also where it is no run of pages any more."""
+    block = producer.alloc(FRAME).realloc(size)
+    block.view[:4] = b"kept"
+    other = hand_over(block, consumer)
+    assert (other.address, other.size, bytes(other.view[:4])) == (block.address, size, b"kept")
+    other.free()
+    assert producer.validate() == []
