@@ -59,13 +59,16 @@ def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "arena",
         f"{format_size(values['reserved'])} reserved of {format_size(values['reserve'])}, /dev/shm/{values['segment']}",
     )
-    yield (
-        "requests",
-        f"{values['requests']:,} since the start; in the daemon: median {_us(values['rpc_median_us'])}, 90 % within "
-        f"{_us(values['rpc_p90_us'])}, 99 % within {_us(values['rpc_p99_us'])}, longest {_us(values['rpc_max_us'])}",
-    )
+    yield "requests", f"{values['requests']:,} since the start{_durations(values) if values['requests'] else ''}"
     incidents = [f"{values[name]:,} {name.replace('_', ' ')}" for name in _INCIDENTS if values.get(name)]
     yield "incidents", ", ".join(incidents) or "none"
+
+
+def _durations(values: dict[str, Any]) -> str:
+    return (
+        f"; in the daemon: median {_us(values['rpc_median_us'])}, 90 % within {_us(values['rpc_p90_us'])}, "
+        f"99 % within {_us(values['rpc_p99_us'])}, longest {_us(values['rpc_max_us'])}"
+    )
 
 
 def _span(seconds: float) -> str:

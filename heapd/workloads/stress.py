@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import heapd_client as hc
 from heapd.errors import HeapdError, NoSuchNameError
 from heapd.records import HeapStatistics
 from heapd.units import KIB
+from heapd.wire import JobFolder
 from heapd.workloads import WorkloadError
 from heapd.workloads.board import Board, Phase, Row, board_size
 from heapd.workloads.nursery import Run, log_of, run_nursery
@@ -130,7 +130,7 @@ def run_stress(plan: Plan, progress: Callable[[Progress], object], weather: Calm
     weather = weather or Calm()
     with (
         hc.connect(plan.endpoint, autostart=False, timeout=PATIENCE_S) as session,
-        tempfile.TemporaryDirectory() as folder,
+        JobFolder("stress-logs") as folder,
     ):
         control = session.create_heap(CONTROL_HEAP)
         heaps = [session.create_heap(heap_name(number), serialize=number % 2 == 0) for number in range(plan.heaps)]
@@ -139,8 +139,8 @@ def run_stress(plan: Plan, progress: Callable[[Progress], object], weather: Calm
         board = Board(block.view, plan.clients, plan.heaps)
         outcome = StressOutcome(plan)
         weather.begin(session, control, heaps, board)
-        with _nursery(weather.client(plan), plan.clients, Path(folder)) as connection:
-            _Watch(plan, outcome, board, connection, Path(folder), progress, weather).run(control)
+        with _nursery(weather.client(plan), plan.clients, folder.path) as connection:
+            _Watch(plan, outcome, board, connection, folder.path, progress, weather).run(control)
         _collect(control, plan, outcome)
         weather.clear_up(outcome)
         outcome.heaps = [_check_heap(heap, board, number, outcome) for number, heap in enumerate(heaps)]
