@@ -84,7 +84,7 @@ def sync(
 
         check_matplotlib()
     head = conditions("heapd") | {
-        "runs": f"{runs} of {seconds:g} s for each line, in turn; the run of median throughput is shown"
+        "runs": f"{runs} of {seconds:g} s for each line, in turn, the one of median throughput shown; processes are pinned"
     }
     screen = console()
     where = nullcontext(str(endpoint)) if endpoint else private_daemon("sync")

@@ -3,10 +3,13 @@
 A member says when it is ready to begin, and hears the moment, the same for all. What is measured is what all of them
 did between that moment and a fixed time later: where there are more of them than CPUs each begins when it is let, and
 rates over times of their own would add up to more than there ever was at once.
+
+Members know their index, and may `pin` themselves: left alone, two may share one CPU for longer than a measurement.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -14,17 +17,18 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Final
 
 from heapd.errors import HeapdError
 from heapd.workloads import WorkloadError
 from heapd.workloads.team import interrupts_held
 
-__all__ = ["Crew", "Duty", "Start", "sleep_until"]
+__all__ = ["Crew", "Duty", "Start", "pin", "sleep_until"]
 
 Start = Callable[[], int]  # says that the member is ready; the moment to begin (ns, the monotonic clock)
 Duty = Callable[[Any, Start], Any]  # order, what to call once before work is measured -> result
 
+_CPUS: Final = os.sched_getaffinity(0)
 _START_DEADLINE_S = 60.0
 _HEAD_START_NS = 20_000_000  # arbitrary: what the moment to begin takes to reach all members
 _GRACE_S = 30.0  # for a member that the machine lets wait
@@ -34,6 +38,12 @@ _END_DEADLINE_S = 5.0
 def sleep_until(moment_ns: int) -> None:
     """Return at a moment of the monotonic clock, or at once if it is past."""
     time.sleep(max(moment_ns - time.monotonic_ns(), 0) / 1e9)
+
+
+def pin(index: int | None) -> None:
+    """Have the calling process run on one of the CPUs it may use, the next one for the next index; None: on any."""
+    cpus = sorted(_CPUS)
+    os.sched_setaffinity(0, cpus if index is None else {cpus[index % len(cpus)]})
 
 
 def _member(line: Connection, prepare: Callable[..., Duty], arguments: tuple[Any, ...]) -> None:
@@ -60,7 +70,7 @@ def _member(line: Connection, prepare: Callable[..., Duty], arguments: tuple[Any
 
 
 class Crew:
-    """`count` processes, each with `prepare(*arguments)` done. A context manager: on exit all have ended.
+    """`count` processes, each with `prepare(index, *arguments)` done. A context manager: on exit all have ended.
 
     Args:   count, prepare (a module's function; it returns what does an order), arguments.
     Raises: WorkloadError, also in `run`, if a member fails, dies or does not answer.
@@ -70,8 +80,8 @@ class Crew:
         self._context = get_context("spawn")
         self._members: list[tuple[Connection, BaseProcess]] = []
         try:
-            for _ in range(count):
-                self._start(prepare, arguments)
+            for index in range(count):
+                self._start(prepare, (index, *arguments))
             for index in range(count):
                 self._answer(index, _START_DEADLINE_S)
         except BaseException:

@@ -19,7 +19,7 @@ from typing import Any
 
 import heapd_client as hc
 from heapd.records import HeapStatistics
-from heapd.workloads.crew import Crew, Duty, Start, sleep_until
+from heapd.workloads.crew import Crew, Duty, Start, pin, sleep_until
 from heapd.workloads.latency import Histogram
 
 __all__ = ["KINDS", "Cell", "Plan", "Work", "measure"]
@@ -54,8 +54,8 @@ class Cell:
 
     Fields: kind (of KINDS), threads (True: workers are threads of one process), workers, hold_us (that each holds the
     lock by `heap.lock()`, None: no such lock), seconds, pairs, pairs_per_second, latency_us (percentiles of a pair),
-    acquisitions (of heaps' mutexes), contended, waited_s (all workers together), voluntary and involuntary (context
-    switches).
+    acquisitions (of heaps' mutexes), contended, waited_s (for mutexes, all workers together), worked_s (from the beginning
+    to each one's end, which is late for who waits then), voluntary and involuntary (context switches).
     """
 
     kind: str
@@ -69,6 +69,7 @@ class Cell:
     acquisitions: int
     contended: int
     waited_s: float
+    worked_s: float
     voluntary: int
     involuntary: int
 
@@ -81,7 +82,7 @@ class Cell:
     @property
     def waited_share(self) -> float:
         """Of the workers' time."""
-        return self.waited_s / (self.workers * self.seconds)
+        return self.waited_s / self.worked_s
 
     def to_plain(self) -> dict[str, object]:
         """As JSON has it."""
@@ -90,10 +91,12 @@ class Cell:
 
 # -- one worker ------------------------------------------------------------------------------------------------------
 class Work:
-    """What one worker did. Fields: pairs (that were done in time), latencies (of a pair, ns)."""
+    """What one worker did. Fields: pairs (that were done in time), worked_ns (to the end of the last pair), latencies
+    (of a pair, ns)."""
 
     def __init__(self) -> None:
         self.pairs = 0
+        self.worked_ns = 0
         self.latencies = Histogram()
 
     def run(self, heap: hc.Heap, start: Start, seconds: float, hold_us: int | None) -> None:
@@ -105,7 +108,9 @@ class Work:
         sleep_until(begin)
         while True:
             done = self._step(heap, hold_us)
-            if time.monotonic_ns() >= end:
+            now = time.monotonic_ns()
+            if now >= end:
+                self.worked_ns = now - begin
                 return
             self.pairs += done
 
@@ -147,23 +152,28 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a member did: pairs, latencies (plain histogram), locks (what its own heaps' mutexes counted), voluntary and
-    involuntary (context switches)."""
+    """What a member did: pairs, worked_ns (of its workers together), latencies (plain histogram), locks (what its own
+    heaps' mutexes counted), voluntary and involuntary (context switches)."""
 
     pairs: int
+    worked_ns: int
     latencies: list[int]
     locks: tuple[int, int, int]
     voluntary: int
     involuntary: int
 
 
-def prepare(endpoint: str, shared: dict[str, str]) -> Duty:
-    """A member of the crew; `shared`: the names of the shared heaps by kind."""
+def prepare(index: int, endpoint: str, shared: dict[str, str]) -> Duty:
+    """A member of the crew, on a CPU of its own as far as there are enough, unless it works in threads.
+
+    Args: index (of the member), shared (names of the shared heaps by kind).
+    """
     session = hc.connect(endpoint, autostart=False)
     heaps = {kind: session.open_heap(name) for kind, name in shared.items()}
     own: list[hc.Heap] = []
 
     def duty(order: Order, start: Start) -> Report:
+        pin(None if order.threads else index)
         workers = max(order.threads, 1)
         while len(own) < workers:
             own.append(session.create_heap())
@@ -193,6 +203,7 @@ def _report(order: Order, heaps: list[hc.Heap], start: Start) -> Report:
         latencies.merge(work.latencies)
     return Report(
         pairs=sum(work.pairs for work in works),
+        worked_ns=sum(work.worked_ns for work in works),
         latencies=latencies.to_plain(),
         locks=_locks(zip(before, after, strict=True)) if is_own else (0, 0, 0),
         voluntary=switched.ru_nvcsw - ready.usage.ru_nvcsw,
@@ -329,6 +340,7 @@ def _cell(
         acquisitions=locks[0],
         contended=locks[1],
         waited_s=locks[2] / 1e9,
+        worked_s=sum(report.worked_ns for report in reports) / 1e9,
         voluntary=sum(report.voluntary for report in reports),
         involuntary=sum(report.involuntary for report in reports),
     )

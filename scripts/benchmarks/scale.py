@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import heapd_client as hc
-from heapd.workloads.crew import Crew, Duty, Start, sleep_until
+from heapd.workloads.crew import Crew, Duty, Start, pin, sleep_until
 from scripts.benchmarks import _contenders as peers
 from scripts.benchmarks._harness import Benchmark, daemon
 from scripts.benchmarks._turns import Loop
@@ -26,8 +26,10 @@ _BATCH = 500  # pairs between two looks at the clock
 _NO_FALL = 0.9  # of the rate of as many processes as there are CPUs; the rest is for noise
 
 
-def _prepare(endpoint: str, shared: str) -> Duty:
-    """A member: its session, its heaps, and what it does when ordered (kind, seconds)."""
+def _prepare(index: int, endpoint: str, shared: str) -> Duty:
+    """A member, on a CPU of its own as far as there are enough: its session, its heaps, and what it does when ordered
+    (kind, seconds)."""
+    pin(index)
     session = hc.connect(endpoint, autostart=False)
     loops: dict[str, Loop] = {
         "own": peers.heapd(session.create_heap(serialize=False)),

@@ -123,7 +123,7 @@ def made_up_cells() -> list[Cell]:
         latencies = {"p50": 1e6 / rate, "p90": 2e6 / rate, "p99": 5e6 / rate, "max": 1e3}
         return Cell(
             kind, threads, workers, hold_us, 1.0, int(rate), rate, latencies, int(2 * rate), 50 * (workers - 1),
-            0.8 * (workers - 1), 100 * workers, 50 * workers,
+            0.8 * (workers - 1), float(workers), 100 * workers, 50 * workers,
         )  # fmt: skip
 
     free = [cell(kind, threads, count, None) for kind in KINDS for threads in (False, True) for count in (1, 2, 4)]
@@ -158,9 +158,9 @@ def test_a_wrong_list_of_processes_is_refused(heapd: Heapd, wrong: str) -> None:
 def test_shares_of_a_cell_are_of_its_own_totals() -> None:
     """Contended is a share of acquisitions, waiting a share of what all workers had of time. Of the three acquisitions
     of a critical section only the first may have to wait."""
-    cell = Cell("serialized", False, 2, None, 0.5, 100, 200.0, {}, 200, 50, 0.25, 1, 2)
+    cell = Cell("serialized", False, 2, None, 0.5, 100, 200.0, {}, 200, 50, 0.25, 1.0, 1, 2)
     assert cell.contended_share == 0.25
     assert cell.waited_share == 0.25
-    held = Cell("serialized", False, 2, 10, 0.5, 100, 200.0, {}, 300, 50, 0.25, 1, 2)
+    held = Cell("serialized", False, 2, 10, 0.5, 100, 200.0, {}, 300, 50, 0.25, 1.0, 1, 2)
     assert held.contended_share == 0.5
-    assert Cell("unserialized", False, 2, None, 0.5, 100, 200.0, {}, 0, 0, 0.0, 1, 2).contended_share == 0
+    assert Cell("unserialized", False, 2, None, 0.5, 100, 200.0, {}, 0, 0, 0.0, 1.0, 1, 2).contended_share == 0

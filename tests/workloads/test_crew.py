@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from heapd.workloads.crew import Crew, Duty, Start, sleep_until
+from heapd.workloads.crew import Crew, Duty, Start, pin, sleep_until
 from heapd.workloads.team import WorkloadError
 
 
-def member(answer: str) -> Duty:
+def member(index: int, answer: str) -> Duty:
     """A member that answers, fails or dies, as told, before or after it said that it was ready."""
 
     def duty(order: Any, start: Start) -> str:
@@ -34,7 +34,7 @@ def test_a_crew_does_one_order_after_another() -> None:
         assert crew.run("two", 2, 0.0) == ["yes two", "yes two"]
 
 
-def first_fails() -> Duty:
+def first_fails(index: int) -> Duty:
     """A member that fails if it is the first to make the file that the order names."""
 
     def duty(order: Any, start: Start) -> None:
@@ -55,11 +55,11 @@ def test_members_that_wait_for_one_that_failed_end_quietly(tmp_path: Path, capfd
     assert capfd.readouterr().err == ""
 
 
-def slow_starter() -> Duty:
+def slow_starter(index: int) -> Duty:
     """A member whose preparation takes as long as the order says; it tells when it was ready, and when it began."""
 
     def duty(order: Any, start: Start) -> tuple[int, int, int]:
-        time.sleep(order * (os.getpid() % 7))
+        time.sleep(order * index)
         ready = time.monotonic_ns()
         begin = start()
         sleep_until(begin)
@@ -71,10 +71,35 @@ def slow_starter() -> Duty:
 def test_members_begin_at_one_moment_when_all_are_ready() -> None:
     """However long some take to prepare: no member's time is over before another's begins."""
     with Crew(3, slow_starter) as crew:
-        results = crew.run(0.03, 3, 0.0)
+        results = crew.run(0.1, 3, 0.0)
     assert len({begin for _, begin, _ in results}) == 1
     assert max(ready for ready, _, _ in results) < results[0][1]
     assert all(begin <= began for _, begin, began in results)
+
+
+def pinned(index: int) -> Duty:
+    """A member that says on which CPUs it may run, pinned and then not."""
+
+    def duty(order: Any, start: Start) -> tuple[set[int], set[int]]:
+        start()
+        pin(index)
+        alone = os.sched_getaffinity(0)
+        pin(None)
+        return alone, os.sched_getaffinity(0)
+
+    return duty
+
+
+def test_pinned_members_are_spread_over_the_cpus() -> None:
+    """One after another has the next CPU to itself, in turn; not pinned any more it may use all."""
+    usable = os.sched_getaffinity(0)
+    with Crew(len(usable) + 1, pinned) as crew:
+        results = crew.run("look", len(usable) + 1, 0.0)
+    alone = [cpus for cpus, _ in results]
+    assert set().union(*alone) == usable
+    assert all(len(cpus) == 1 for cpus in alone)
+    assert alone[0] == alone[-1]
+    assert all(cpus == usable for _, cpus in results)
 
 
 @pytest.mark.parametrize(("order", "complaint"), [("fail", "it was told to"), ("die", "died")])
