@@ -84,7 +84,7 @@ def sync(
 
         check_matplotlib()
     head = conditions("heapd") | {
-        "runs": f"{runs} of {seconds:g} s for each line, in turn, the one of median throughput shown; processes are pinned"
+        "runs": f"{runs} of {seconds:g} s for each line, in turn, the median one shown; processes are pinned to CPUs"
     }
     screen = console()
     where = nullcontext(str(endpoint)) if endpoint else private_daemon("sync")

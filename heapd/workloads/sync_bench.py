@@ -54,8 +54,8 @@ class Cell:
 
     Fields: kind (of KINDS), threads (True: workers are threads of one process), workers, hold_us (that each holds the
     lock by `heap.lock()`, None: no such lock), seconds, pairs, pairs_per_second, latency_us (percentiles of a pair),
-    acquisitions (of heaps' mutexes), contended, waited_s (for mutexes, all workers together), worked_s (from the beginning
-    to each one's end, which is late for who waits then), voluntary and involuntary (context switches).
+    acquisitions (of heaps' mutexes), contended, waited_s (for mutexes, all workers together), worked_s (from the
+    beginning to each one's end, which is late for who waits then), voluntary and involuntary (context switches).
     """
 
     kind: str
