@@ -191,7 +191,7 @@ class Space:
             raise HeapFullError.of(
                 "heap",
                 requested=page_count * PAGE_SIZE,
-                used=(self.reserved - self.spare.total) * PAGE_SIZE,
+                used=min((self.reserved - self.spare.total) * PAGE_SIZE, self.maximum),
                 limit=self.maximum,
                 advice="free blocks, have the sessions that cache free ones trim() the heap, or make it with a larger"
                 " maximum; what is free may also lie scattered",

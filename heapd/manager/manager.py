@@ -235,9 +235,9 @@ class HeapManager:
     def _finish_end(self, session: Session) -> Job:
         """What end_session has to do in slices; an end that the daemon's death cut short is taken up here."""
         for shared in list(session.heaps.values()):
-            if not self._must_go(shared, session):
+            # Each step yields: the heap may have lost its last session, or gone, meanwhile.
+            if not shared.is_destroyed and not self._must_go(shared, session):
                 yield from self._reap(shared, session)
-            # A reap yields: the heap may have lost its last session, or gone, meanwhile.
             if not shared.is_destroyed and self._must_go(shared, session):
                 yield from self._destroy(shared)
             session.heaps.pop(shared.heap_id, None)

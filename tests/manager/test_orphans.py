@@ -7,9 +7,11 @@ import pytest
 from heapd.manager import HeapManager
 from heapd.records import EntryKind
 from heapd.units import MIB
+from heapd.wire import messages as m
 from tests.invariants import check_manager, fill, pattern, read
 from tests.manager.clients import Client
 from tests.manager.conftest import NewClient
+from tests.manager.ledgers import finish_committed, mortal
 
 SIZES = [10, 64, 5000, 8192, 70_000, 2 * MIB]
 
@@ -154,3 +156,21 @@ def test_a_handle_to_a_freed_orphan_is_stale(client: Client, other: Client) -> N
     assert again.generation != block.generation
     assert other.names(heap) == []
     other.free_many(heap, [anchor, again])
+
+
+def test_a_heap_that_goes_while_a_session_with_it_ends_is_gone_for_the_ledger_too() -> None:
+    """The end works through other heaps yet: when it comes to this one nothing is to be done, or recorded."""
+    with mortal() as it:
+        ending, staying = it.manager.open_session(1, 1), it.manager.open_session(2, 1)
+        large, doomed = (it.ask(ending, m.HeapCreate(name, 0, 0, 0))[0] for name in ("large", "doomed"))
+        for name in ("large", "doomed"):
+            it.ask(staying, m.HeapOpen(name))
+        for _ in range(3):
+            it.ask(ending, m.HeapAllocMany(large, [16] * 4000))
+        end = it.manager.end_session(ending)
+        next(end)
+        it.ask(staying, m.HeapDestroy(doomed))
+        finish_committed(it.manager, None, end)
+        manager = it.restart()
+        assert manager.heaps.keys() == {large}
+        check_manager(manager)
