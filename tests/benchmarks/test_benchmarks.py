@@ -96,3 +96,10 @@ def test_sync_keeps_its_raw_figures(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("sync-*.json")
     assert len(json.loads(path.read_text())["cells"]) == 7
+
+
+def test_win32_compares_with_the_heap_underneath(tmp_path: Path) -> None:
+    """`win32` has a ratio for serialized heaps and for others."""
+    figures = check(run("win32", tmp_path, "--rounds", "1", "--pairs", "200"), tmp_path)
+    assert figures["serialized: win32 / heap"] > 0
+    assert figures["HEAP_NO_SERIALIZE: win32 / heap"] > 0

@@ -1,9 +1,9 @@
 """The heap functions: create, allocate, resize, free, lock, validate, compact, destroy.
 
-HeapAlloc and HeapFree do the common case in their first lines (no flags, a heap without debug checking, a block that
-this process allocated): what it costs there beyond the heap's own alloc and free is two dict operations. Whatever is
-unusual, or fails, is done again from the start by their `_slowly`, which also judges the arguments. A block is taken
-out of `blocks` before it is freed: afterwards its address may be another thread's block.
+HeapAlloc and HeapFree do the common case in their first lines (no flags, or zeroed memory; a heap without debug
+checking; a block that this process allocated): what it costs there beyond the heap's own alloc and free is two dict
+operations. Whatever is unusual, or fails, is done again from the start by their `_slowly`, which also judges the
+arguments. A block is taken out of `blocks` before it is freed: afterwards its address may be another thread's block.
 """
 
 from __future__ import annotations
@@ -144,6 +144,16 @@ def HeapAlloc(hHeap: int | None, dwFlags: int, dwBytes: int) -> int:
             where = block.address
             blocks[where] = block
             return where
+        if dwFlags is _ZERO or dwFlags is HEAP_ZERO_MEMORY:
+            heap, blocks = hot[hHeap]  # type: ignore[index]
+            block = heap.alloc(dwBytes)
+            try:
+                heap.mapping.zero(block.address, dwBytes)
+            except BaseException:
+                block.free()
+                raise
+            blocks[block.address] = block
+            return block.address
     except (LookupError, TypeError, HeapdError):
         pass
     return _alloc_slowly(hHeap, dwFlags, dwBytes)
