@@ -43,9 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 25)
     count = options.pairs or (5_000 if options.quick else 20_000)
-    bench = Benchmark(
-        "win32", f"{rounds} rounds of {count:,} pairs of {_SIZE} bytes; each ratio is the rounds' median"
-    )
+    bench = Benchmark("win32", f"{rounds} rounds of {count:,} pairs of {_SIZE} bytes; each ratio is the rounds' median")
     with daemon() as endpoint, hc.connect(endpoint, autostart=False) as session:
         win32.attach(session)
         _measure(bench, session, rounds, count)
