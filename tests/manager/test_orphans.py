@@ -7,11 +7,11 @@ import pytest
 from heapd.manager import HeapManager
 from heapd.records import EntryKind
 from heapd.units import MIB
-from heapd.wire import messages as m
+from tests.arenas import finish
 from tests.invariants import check_manager, fill, pattern, read
 from tests.manager.clients import Client
 from tests.manager.conftest import NewClient
-from tests.manager.ledgers import finish_committed, mortal
+from tests.manager.ledgers import mortal
 
 SIZES = [10, 64, 5000, 8192, 70_000, 2 * MIB]
 
@@ -161,16 +161,16 @@ def test_a_handle_to_a_freed_orphan_is_stale(client: Client, other: Client) -> N
 def test_a_heap_that_goes_while_a_session_with_it_ends_is_gone_for_the_ledger_too() -> None:
     """The end works through other heaps yet: when it comes to this one nothing is to be done, or recorded."""
     with mortal() as it:
-        ending, staying = it.manager.open_session(1, 1), it.manager.open_session(2, 1)
-        large, doomed = (it.ask(ending, m.HeapCreate(name, 0, 0, 0))[0] for name in ("large", "doomed"))
+        ending, staying = Client(it.manager), Client(it.manager)
+        large, doomed = ending.create("large"), ending.create("doomed")
         for name in ("large", "doomed"):
-            it.ask(staying, m.HeapOpen(name))
+            staying.open(name)
         for _ in range(3):
-            it.ask(ending, m.HeapAllocMany(large, [16] * 4000))
-        end = it.manager.end_session(ending)
+            ending.alloc_many(large, [16] * 4000)
+        end = it.manager.end_session(ending.session)
         next(end)
-        it.ask(staying, m.HeapDestroy(doomed))
-        finish_committed(it.manager, None, end)
+        staying.destroy(doomed)
+        finish(end)
         manager = it.restart()
-        assert manager.heaps.keys() == {large}
+        assert manager.heaps.keys() == {large.heap_id}
         check_manager(manager)
