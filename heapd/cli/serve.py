@@ -41,6 +41,7 @@ __all__ = ["serve"]
               help="How often in a minute a server process that dies is started again; 0: no supervisor.")  # fmt: skip
 @click.option("--metrics", type=click.IntRange(0, 65535), metavar="PORT",
               help="Prometheus metrics at http://127.0.0.1:PORT/metrics; 0: any free port, see the log.")  # fmt: skip
+@click.option("--ledger/--no-ledger", default=True, hidden=True)  # for scripts/bench ledger
 @log_options
 @click.option("--until-eof", type=click.IntRange(min=0), metavar="FD",
               help="End when this descriptor of a pipe reads end of file: with whoever has its other end.")  # fmt: skip
@@ -58,6 +59,7 @@ def serve(
     idle_exit: float | None,
     restarts: int,
     metrics: int | None,
+    ledger: bool,
     log_level: str,
     log_format: str,
     until_eof: int | None,
@@ -89,6 +91,7 @@ def serve(
             restarts=restarts,
             metrics_port=metrics,
             until_eof_fd=until_eof,
+            has_ledger=ledger,
             ready_fd=ready_fd,
         )
     )

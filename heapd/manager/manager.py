@@ -189,9 +189,12 @@ class HeapManager:
 
     def take_chores(self) -> list[Job]:
         """Jobs that are due for the manager's own sake."""
-        if self._ledger is None or not self._ledger.is_large:
-            return []
-        return [self._ledger.compact(retell(self._directory))]
+        return [self.compaction()] if self._ledger is not None and self._ledger.is_large else []
+
+    def compaction(self) -> Job:
+        """The job that makes the ledger small."""
+        assert self._ledger is not None
+        return self._ledger.compact(retell(self._directory))
 
     def handle(self, session: Session, request: m.Request) -> Any:
         """Do what a live session asks. Returns: the answer, a Job or a Waiter. Raises: HeapdError."""

@@ -28,6 +28,7 @@ class Config:
                               (arbitrary: one that dies at once, again and again, gets there within the minute)
         metrics_port          of loopback, for Prometheus over HTTP, 0: any free one, None: no HTTP
         until_eof_fd          the daemon ends when this reads end of file, None: there is nobody whose end is its own
+        has_ledger            False: nothing outlives the server process, for a benchmark to compare with
         ready_fd              a line "ready" is written to it once clients are answered, None: nobody waits
         max_sessions          sessions at once (arbitrary; state words have room for 16,383)
         max_process_sessions  sessions of one process (arbitrary)
@@ -49,6 +50,7 @@ class Config:
     restarts: int = 100
     metrics_port: int | None = None
     until_eof_fd: int | None = None
+    has_ledger: bool = True
     ready_fd: int | None = None
     max_sessions: int = 4096
     max_process_sessions: int = 256

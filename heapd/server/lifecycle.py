@@ -130,6 +130,8 @@ def _create(config: Config, claim: Claim) -> HeapManager:
     arena = Arena.create(claim.arena, reserve=reserve, commit_limit=config.commit_limit)
     try:
         arena.segment.open_to(config.gid)
+        if not config.has_ledger:
+            return HeapManager(arena, clock=time.monotonic_ns, limits=_limits(config))
         return HeapManager.create(arena, claim.ledger, clock=time.monotonic_ns, limits=_limits(config))
     except BaseException:
         arena.stop()

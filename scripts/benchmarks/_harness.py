@@ -113,7 +113,7 @@ def _rounded(value: float) -> str:
 
 
 @contextmanager
-def daemon() -> Iterator[str]:
-    """A private daemon for the benchmark. Yields: its endpoint."""
-    with terminations_raise(), private_daemon("bench") as endpoint:
+def daemon(*arguments: str) -> Iterator[str]:
+    """A private daemon for the benchmark, with more arguments to `heapd serve`. Yields: its endpoint."""
+    with terminations_raise(), private_daemon("bench", *arguments) as endpoint:
         yield endpoint

@@ -103,3 +103,10 @@ def test_win32_compares_with_the_heap_underneath(tmp_path: Path) -> None:
     figures = check(run("win32", tmp_path, "--rounds", "1", "--pairs", "200"), tmp_path)
     assert figures["serialized: win32 / heap"] > 0
     assert figures["HEAP_NO_SERIALIZE: win32 / heap"] > 0
+
+
+def test_the_ledger_is_compared_with_none(tmp_path: Path) -> None:
+    """`ledger` sets requests with and without it side by side, and times a restart."""
+    figures = check(run("ledger", tmp_path, "--quick", "--rounds", "1", "--blocks", "2000"), tmp_path)
+    assert figures["alloc: with / without"] > 0
+    assert 0 < figures["restart with 2,000 live blocks, longest"] < 2

@@ -9,7 +9,7 @@ from typing import Any
 from heapd.arena import Arena, remove_segment
 from heapd.heap import Heap
 from heapd.manager import HeapManager, Session
-from heapd.manager.ledger import Ledger, retell
+from heapd.manager.ledger import Ledger
 from heapd.units import MIB
 from heapd.wire import messages as m
 from tests.harness import unique_name
@@ -39,11 +39,6 @@ class Committing(HeapManager):
                 yield decided
         finally:
             self.commit(None, 0, b"")
-
-    def compaction(self) -> Generator[None, None, None]:
-        """The job that makes the ledger small, due or not."""
-        assert isinstance(self._ledger, Ledger)
-        return self._ledger.compact(retell(self._directory))
 
 
 class Mortal:
