@@ -12,12 +12,13 @@ from typing import Any
 
 from heapd.arena import Arena
 from heapd.heap import Heap
-from heapd.manager import HeapManager, ledger
+from heapd.manager import HeapManager
 from heapd.manager.ledger import Ledger, Records
 from heapd.manager.ledger import ledger as ledger_module
 from heapd.manager.ledger.volume import Log, Volume
 from heapd.manager.sessions import Sessions
 from heapd.manager.shared import Controls
+from heapd.server import loop
 from heapd.server.loop import Loop
 from heapd.service import RunningJob, Service
 
@@ -46,16 +47,23 @@ STEPS: dict[str, tuple[Any, str]] = {
     "compaction": (Ledger, "_append_next"),
     "switch": (Volume, "switch"),
     "wipe": (Log, "_remove"),
-    "answer": (Loop, "_send"),
+    "answer": (loop, "_send"),
     "start-read": (Records, "add"),
-    "start-arena": (ledger, "restore_arena"),
+    "start-arena": (Arena, "restore"),
     "start-trim": (Log, "trim"),
     "start-directory": (HeapManager, "recover"),
     "start-sessions": (Loop, "readmit"),
     "start-resume": (Service, "resume"),
 }
+# Passed a few times in a while; the others hundreds of times a second.
+RARE = {"create", "activate", "destroy", "reserve", "release", "open-session", "end-session", "switch", "wipe"}
 POINTS = [f"{when}-{name}" for name in STEPS for when in ("before", "after")]
 AT_START = [point for point in POINTS if "-start-" in point]
+
+
+def is_rare(point: str) -> bool:
+    return point in AT_START or point.split("-", 1)[1] in RARE
+
 
 _supervisor = os.getpid()
 _passed: dict[str, int] = {}
