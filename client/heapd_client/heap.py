@@ -392,6 +392,10 @@ class Heap(HeapCore):
             own = -word if block.has_handle else word
             self._words[block.slot] = word
             block.become(block.slot, block.address, extent, own)
+            if isinstance(block, Visitor):
+                block._base = (
+                    0  # its views are of another size than when it was opened: not to be opened again as it is
+                )
         return True
 
     def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
@@ -410,6 +414,7 @@ class Heap(HeapCore):
             self.away.forget(slot)
             self.note_growth(extent - block.extent)
             block.become(slot, address, extent, -self._words[slot])
+            block._base = 0  # of what it was; a guest would be sent home with it
             self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
 
     def _move(self, block: Block, old_size: int, size: int) -> None:
@@ -425,6 +430,7 @@ class Heap(HeapCore):
             raise
         # Nothing is called here: no signal handler gets between the two.
         block.slot, block.address, block.extent, block._word = new.slot, new.address, new.extent, -word
+        block._base = 0
         try:
             self._free(old)
         except BaseException as error:

@@ -255,7 +255,7 @@ class Guests:
             block = self._blocks[slot]
         except (LookupError, TypeError, ValueError, HandleFormatError):
             return None
-        if getrefcount(block) != _ALONE or block._word:
+        if getrefcount(block) != _ALONE or block._word or not block._base:
             return None
         words = self._words
         word = words[slot]

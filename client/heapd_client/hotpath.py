@@ -227,6 +227,7 @@ def make_guest_type(
                 or words[live_slot] != live
                 or words[home_slot] != home
                 or words[self.slot] != -self._word
+                or not self._base  # it was resized: another block, another extent, perhaps another owner
             ):
                 return slow(self)
             room[0] -= self.extent

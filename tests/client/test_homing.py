@@ -265,3 +265,28 @@ def test_a_frame_that_was_resized_has_a_handle_all_the_same(producer: hc.Heap, c
     assert (other.address, other.size, bytes(other.view[:4])) == (block.address, size, b"kept")
     other.free()
     assert producer.validate() == []
+
+
+@pytest.mark.parametrize("size", [100, 5000, 40_000, 200_000, 3 * MIB])
+def test_a_frame_that_its_reader_resized_is_freed_as_what_it_is_now(
+    producer: hc.Heap, consumer: hc.Heap, size: int
+) -> None:
+    """Whether it was moved, cut off or grown: what is sent home is never the word of what it was."""
+    for _ in range(3):
+        visitor = hand_over(producer.alloc(FRAME), consumer)
+        visitor.view[:4] = b"kept"
+        block = visitor.realloc(size)
+        assert bytes(block.view[:4]) == b"kept"
+        block.free()
+        assert producer.statistics().busy_blocks == 0
+        assert producer.validate() == []
+
+
+def test_a_frame_that_its_reader_resized_comes_again_as_it_is_then(producer: hc.Heap, consumer: hc.Heap) -> None:
+    """An object that is used again shows all of the block, not what it showed last."""
+    for _ in range(3):
+        visitor = hand_over(producer.alloc(4096), consumer)
+        assert visitor.view.nbytes == 4096
+        assert visitor.realloc(1000).view.nbytes == 1000
+        visitor.free()
+        del visitor
