@@ -178,6 +178,28 @@ def test_the_heaps_of_a_process_that_dies_go_with_it(attached: str) -> None:
         expect(0, win32.ERROR_INVALID_HANDLE, win32.HeapAlloc, own, 0, 10)
 
 
+def test_a_handle_left_over_never_becomes_another_heaps(attached: str) -> None:
+    """Another process makes a heap where one of this process was: the old handle is no handle to it, until the session
+    opens it. And nobody destroys what it has not opened."""
+    with hc.connect(attached, autostart=False) as other:
+        heap = win32.HeapCreate(0, 0, 0)
+        block = win32.HeapAlloc(heap, 0, 100)
+        win32.HeapDestroy(heap)
+        theirs = other.create_heap()
+        assert theirs.info.base == heap
+        kept = theirs.alloc(100)
+        assert kept.address == block
+        for is_attached_anew in (False, True):
+            if is_attached_anew:
+                win32.attach(attached)
+            expect(False, win32.ERROR_INVALID_HANDLE, win32.HeapDestroy, heap)
+            expect(False, win32.ERROR_INVALID_HANDLE, win32.HeapFree, heap, 0, block)
+        strange = other.create_heap()
+        expect(False, win32.ERROR_INVALID_HANDLE, win32.HeapDestroy, strange.info.base)
+        win32.process.process().session.open_heap_id(theirs.id)
+        assert win32.HeapSize(heap, 0, block) == 100
+
+
 def test_a_block_of_another_heap_opens_nothing(attached: str) -> None:
     """Asked for by the wrong handle, a block of a heap of another session is refused, and that heap not opened."""
     with hc.connect(attached, autostart=False) as session, new_heap() as heap:

@@ -94,13 +94,15 @@ def HeapCreate(flOptions: int, dwInitialSize: int, dwMaximumSize: int) -> int:
 
 @fails_with(False)
 def HeapDestroy(hHeap: int | None) -> bool:
-    """Give back a heap with all its blocks. False for the process heap and for what is no heap:
-    ERROR_INVALID_HANDLE."""
+    """Give back a heap with all its blocks. False for the process heap, and for what is no heap that this process made
+    or opened: ERROR_INVALID_HANDLE."""
     handle = address(hHeap)
     if not handle:
         return True
     owner = process()
-    found = owner.find(handle)
+    found = owner.find_open(handle)
+    if found is None:
+        raise Failure(ERROR_INVALID_HANDLE, f"{handle:#x} is no heap of this process")
     if found.heap.info.is_default:
         raise Failure(ERROR_INVALID_HANDLE, "a process heap cannot be destroyed")
     owner.destroy(found)

@@ -31,7 +31,7 @@ _INDEX_MASK = (1 << HEAP_INDEX_BITS) - 1
 
 class OpenHeap:
     """Fields: heap, handle (address of its first region), blocks (by address), raises (it was made with
-    HEAP_GENERATE_EXCEPTIONS), is_serialized.
+    HEAP_GENERATE_EXCEPTIONS), is_serialized, is_own (this process made it).
     """
 
     def __init__(self, heap: Heap) -> None:
@@ -43,6 +43,7 @@ class OpenHeap:
         self._locks: dict[int, int] = {}  # by HeapLock, of each thread
         self.raises = bool(flags & F_GENERATE_EXCEPTIONS)
         self.is_serialized = bool(flags & F_SERIALIZE)
+        self.is_own = heap.info.creator == heap.session.number
         self._index = heap.id & _INDEX_MASK
 
     def locked(self, flags: int) -> AbstractContextManager[None]:

@@ -1,7 +1,8 @@
 """What a Win32 process is here: one session, and the heaps that it has made or opened, by handle.
 
 A heap's handle is the address of its first region: a handle means the same heap in every process, which opens it by
-using it.
+using it. But where a heap of this process was, another process may make one: a handle that is left over must not become
+that one's, so it stays invalid until this process makes a heap there, or its session opens one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ HEAP_VARIABLE: Final = "HEAPD_HEAP"
 
 # Heaps whose HeapAlloc and HeapFree need nothing that heaps.py does not do in a line: handle -> (heap, its blocks).
 hot: Final[dict[int, tuple[Heap, dict[int, Block]]]] = {}
+
+# Handles of heaps that this process made, and that are gone: (instance of the arena, handle).
+_gone: Final[set[tuple[bytes, int]]] = set()
 
 _lock = threading.RLock()
 _current: Process | None = None
@@ -64,6 +68,7 @@ class Process:
         with _lock:
             found = self._open.get(handle)
             if found is None or found.heap is not heap:
+                _gone.discard((self.session.instance, handle))
                 found = self._open[handle] = CheckedHeap(heap) if _is_checked(heap) else OpenHeap(heap)
                 hot.pop(handle, None)
                 if not _is_checked(heap):
@@ -72,23 +77,29 @@ class Process:
 
     def find(self, handle: int) -> OpenHeap:
         """The heap of a handle. Raises: Failure(ERROR_INVALID_HANDLE)."""
+        found = self.find_open(handle)
+        if found is None:
+            heap = self._open_at(handle)
+            if heap is None:
+                raise Failure(ERROR_INVALID_HANDLE, f"{handle:#x} is no heap")
+            found = self.adopt(heap)
+        return found
+
+    def find_open(self, handle: int) -> OpenHeap | None:
+        """The heap of a handle, if this process has it open."""
         found = self._open.get(handle)
         if found is not None and found.heap.is_live:
             return found
         self._forget(handle)
-        heap = self._heap_at(handle)
-        if heap is None:
-            raise Failure(ERROR_INVALID_HANDLE, f"{handle:#x} is no heap")
-        return self.adopt(heap)
+        return next((self.adopt(heap) for heap in self.session.open_heaps if heap.info.base == handle), None)
 
-    def _heap_at(self, handle: int) -> Heap | None:
-        """The heap whose first region begins at `handle`, opened if it was not."""
+    def _open_at(self, handle: int) -> Heap | None:
+        """Another process's heap whose first region begins at `handle`, opened."""
         info = self.session.arena.find_page(handle)
         if info is None or info.state == PAGE_FREE or handle % GRANULE_SIZE:
             return None
-        for heap in self.session.open_heaps:
-            if heap.info.base == handle:
-                return heap
+        if (self.session.instance, handle) in _gone:
+            return None
         with suppress(LookupError):
             heap = self.session.open_heap_id(info.heap)  # its control index
             if heap.info.base == handle:
@@ -109,19 +120,25 @@ class Process:
 
     def _forget(self, handle: int) -> None:
         with _lock:
-            self._open.pop(handle, None)
             hot.pop(handle, None)
+            found = self._open.pop(handle, None)
+            if found is not None and found.is_own:
+                _gone.add((self.session.instance, handle))
 
     def forked(self) -> None:
-        """In the child of a fork: it has a process heap of its own, and no objects there."""
+        """In the child of a fork: it has a process heap of its own, without objects; the other heaps are its parent's."""
+        for found in self._open.values():
+            found.is_own = False
         self._default = None
         self.table = Table()
 
     def end(self) -> None:
         """Give up the locks of this thread, and close the session if it is ours."""
-        hot.clear()
-        for found in self._open.values():
+        for handle, found in list(self._open.items()):
             found.let_go()
+            if self.is_own:
+                self._forget(handle)
+        hot.clear()
         self._open.clear()
         if self.is_own:
             self.session.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heapd.layout import C_HEAP_ID, PAGE_FREE
 from heapd_client import win32
 from tests.win32.facts import holds
 from tests.win32.tools import KIB, MIB, SENTINEL, expect, new_heap, raised_by, summary, walk
@@ -129,13 +130,19 @@ def the_limit_of_a_small_fixed_heap_is_a_little_below_its_size() -> None:
 @holds("H-DESTROY-01", "H-DESTROY-06")
 def destroying_a_heap_frees_all_of_it() -> None:
     heap = win32.HeapCreate(0, 0, 0)
+    session = win32.process.process().session
+    heap_id = session.open_heaps[-1].id
     blocks = [win32.HeapAlloc(heap, 0, size) for size in (10, 5_000, 100_000, 3 * MIB)]
     assert win32.HeapDestroy(heap)
     for block in blocks:
         assert win32.HeapSize(heap, 0, block) == win32.SIZE_T_MAX
         assert win32.HeapFree(heap, 0, block) is False
-    pages = win32.process.process().session.arena
-    assert all(pages.find_page(block).heap == 0 or pages.find_page(block).state != 2 for block in blocks[3:])  # type: ignore[union-attr]
+    arena = session.arena
+    for block in blocks:
+        info = arena.find_page(block)  # free, or another heap's by now
+        assert info is not None
+        control = arena.shape.control_slot(info.heap)
+        assert info.state == PAGE_FREE or arena.words[control + C_HEAP_ID] != heap_id
 
 
 @holds("H-DESTROY-02")
