@@ -126,7 +126,7 @@ class Process:
                 _gone.add((self.session.instance, handle))
 
     def forked(self) -> None:
-        """In the child of a fork: it has a process heap of its own, without objects; the other heaps are its parent's."""
+        """In the child of a fork: it has a process heap of its own, without objects; the others are its parent's."""
         for found in self._open.values():
             found.is_own = False
         self._default = None
