@@ -451,8 +451,8 @@ class Heap(HeapCore):
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def walk(self) -> Iterator[Entry]:
-        """The heap's entries in address order: each region, and what tiles it. Asked for page by page: a heap that
-        changes meanwhile may show a change in part."""
+        """The heap's entries: each region, oldest first and those of large runs last, then what tiles it, in address
+        order. Asked for page by page: a heap that changes meanwhile may show a change in part."""
         cursor = 0
         while True:
             self.check()

@@ -1,4 +1,4 @@
-"""`heapd walk HEAP`: every entry of a heap in address order, written as it comes, so that a million is no problem."""
+"""`heapd walk HEAP`: every entry of a heap, region by region, written as it comes, so that a million is no problem."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COLOURS = {
 @json_option
 @endpoint_option
 def walk(heap: str, limit: int, as_json: bool, endpoint: Endpoint) -> None:
-    """List the entries of HEAP (a name or an id) in address order.
+    """List the entries of HEAP (a name or an id): its regions, oldest first, each in address order.
 
     region: a reserved range. busy: an allocated block. free: committed, nobody's. cached: free, in a front end.
     uncommitted: reserved only. overhead: slab heads and remainders.

@@ -1,4 +1,4 @@
-"""A heap's entries in address order: what walk, statistics and pictures are built on.
+"""A heap's entries, region by region: what walk, statistics and pictures are built on.
 
 The entries of a region tile it: REGION first, then blocks, free bytes, uncommitted ranges and overhead, without gap
 or overlap. Nothing here touches an uncommitted page: reading one would commit it.

@@ -58,11 +58,14 @@ def test_blocks_wander_one_way_without_growth(
     check_empty(shared)
 
 
-def test_blocks_wander_both_ways_without_growth(session: hc.Session, other: hc.Session, shared: hc.Heap) -> None:
+@pytest.mark.parametrize(("size", "turns"), [(64, 3_000), (4096, 1_500), (70_000, 1_500)])
+def test_blocks_wander_both_ways_without_growth(
+    session: hc.Session, other: hc.Session, shared: hc.Heap, size: int, turns: int
+) -> None:
     """In balance each side lives on what the other sends: after a while hardly a block is asked for."""
     theirs = other.open_heap("shared")
-    for turn in range(3_000):
-        ours_out, theirs_out = shared.alloc(64).handle, theirs.alloc(64).handle
+    for turn in range(turns):
+        ours_out, theirs_out = shared.alloc(size).handle, theirs.alloc(size).handle
         other.open(ours_out).free()
         session.open(theirs_out).free()
         if turn == 500:
@@ -189,11 +192,12 @@ def test_of_many_threads_that_free_a_block_one_succeeds(session: hc.Session, sha
     check_empty(shared)
 
 
-def test_of_many_processes_that_free_a_block_one_succeeds(session: hc.Session) -> None:
+@pytest.mark.parametrize(("size", "count"), [(64, 300), (4096, 200), (70_000, 200)])
+def test_of_many_processes_that_free_a_block_one_succeeds(session: hc.Session, size: int, count: int) -> None:
     """In a serialized heap, at the same instant: always."""
     heap = session.create_heap("raced")
-    count, processes = 300, 3
-    handles = [heap.alloc(64).handle for _ in range(count)]
+    processes = 3
+    handles = [heap.alloc(size).handle for _ in range(count)]
     barrier = multiprocessing.Barrier(processes)
     board = heap.alloc(count * processes)
     board.view[:] = bytes(count * processes)
