@@ -137,6 +137,8 @@ class Block:
     def become(self, slot: int, address: int, extent: int, word: int) -> None:
         """For Heap: this object stands for that allocated block from now on, or for the same one resized.
         A negative word: a handle may be around."""
+        if (slot, extent) != (self.slot, self.extent):
+            self._base, self._tail = 0, None  # they were of the block of before
         self.slot, self.address, self.extent, self._word = slot, address, extent, word
 
     def forget(self) -> None:

@@ -323,7 +323,10 @@ class FrontEnd:
 
     def note_away(self, block: Block) -> None:
         """A handle was made of a run of this session's: another one may free it, and then it comes home."""
-        self._heap.away.note(self._bin_of(block.extent).key, block, RUN_WORD.cached(self.session, 0))
+        bin_ = self._bin_of(block.extent)
+        if type(block) is not bin_.block_type:  # the bin wants one of its own back
+            block = bin_.block_type(self._heap, block.slot, block.address, block.extent, -block.word)
+        self._heap.away.note(bin_.key, block, RUN_WORD.cached(self.session, 0))
 
     def _collect(self, bin_: Bin) -> None:
         """Put runs in their bin that other sessions have freed to this one."""

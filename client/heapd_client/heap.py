@@ -414,7 +414,7 @@ class Heap(HeapCore):
             self.away.forget(slot)
             self.note_growth(extent - block.extent)
             block.become(slot, address, extent, -self._words[slot])
-            block._base = 0  # of what it was; a guest would be sent home with it
+            self.note_handle(block, block.word)
             self.mapping.protect(block.address, max(block.extent, 1), executable=self.is_executable)
 
     def _move(self, block: Block, old_size: int, size: int) -> None:
@@ -430,8 +430,9 @@ class Heap(HeapCore):
             raise
         # Nothing is called here: no signal handler gets between the two.
         block.slot, block.address, block.extent, block._word = new.slot, new.address, new.extent, -word
-        block._base = 0
+        block._base, block._tail = 0, None
         try:
+            self.note_handle(block, word)
             self._free(old)
         except BaseException as error:
             # Is the old one free? Ask again later.

@@ -290,3 +290,35 @@ def test_a_frame_that_its_reader_resized_comes_again_as_it_is_then(producer: hc.
         assert visitor.realloc(1000).view.nbytes == 1000
         visitor.free()
         del visitor
+
+
+@pytest.mark.parametrize("size", [100, 40_000, 2 * FRAME])
+def test_a_visitor_that_was_moved_is_this_session_s_own(producer: hc.Heap, consumer: hc.Heap, size: int) -> None:
+    """What it is freed as has nothing to do with the block it was."""
+    for _ in range(3):
+        opened = hand_over(producer.alloc(FRAME), consumer)
+        opened.realloc(size)
+        assert opened.size == size
+        opened.free()
+        del opened
+        consumer.alloc(size).free()
+    assert producer.validate() == []
+    assert blocks_of(producer, EntryKind.BUSY) == []
+
+
+@pytest.mark.parametrize("size", [40_960, 2 * FRAME])
+def test_a_block_that_was_moved_comes_home_as_what_it_is(producer: hc.Heap, consumer: hc.Heap, size: int) -> None:
+    """It is in the bin of its size now, and the memory of no other block."""
+    for _ in range(6):
+        block = producer.alloc(FRAME).realloc(size)
+        opened = hand_over(block, consumer)
+        del block
+        opened.free()
+        del opened
+        taken = [producer.alloc(each) for each in (FRAME, size, FRAME, size)]
+        spans = sorted((each.address, each.address + each.size) for each in taken)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        producer.free_many(taken)
+        del taken
+    assert producer.validate() == []
+    assert blocks_of(producer, EntryKind.BUSY) == []
