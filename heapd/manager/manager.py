@@ -52,6 +52,15 @@ __all__ = ["HeapManager", "Job", "Limits"]
 
 _RECORDED: Final = F_GENERATE_EXCEPTIONS | F_TAIL_CHECK | F_FREE_CHECK  # kept for the clients; nothing here heeds them
 _FLAGS: Final = F_SERIALIZE | F_EXECUTABLE | F_PERSISTENT | F_FREE_ORPHANS | _RECORDED
+_TAKING: Final = {
+    m.HeapCreate,
+    m.HeapDefault,
+    m.HeapAlloc,
+    m.HeapAllocMany,
+    m.HeapResize,
+    m.HeapLease,
+    m.NamePublish,
+}
 _DEFAULT_RESERVE: Final = 1 * MIB  # Win32 /HEAP defaults
 _DEFAULT_COMMIT: Final = 4 * KIB
 _WORDS_A_SLICE: Final = 5_000
@@ -200,7 +209,7 @@ class HeapManager:
         """Do what a live session asks. Returns: the answer, a Job or a Waiter. Raises: HeapdError."""
         session.requests += 1
         if self._ledger is not None and not request.is_idempotent:
-            self._ledger.check_room()
+            self._ledger.check_room(is_taking=type(request) in _TAKING)
         return self._handlers[type(request)](session, request)
 
     # -- sessions ----------------------------------------------------------------------------------------------------

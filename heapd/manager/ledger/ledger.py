@@ -33,6 +33,7 @@ log = logging.getLogger("heapd.manager")
 Telling = tuple[int, int, int, bytes, list[Change]]
 
 _SMALL: Final = 4 * MIB  # a log up to here is never compacted; arbitrary: 40,000 requests
+_LAST_ROOM: Final = 1 * MIB  # arbitrary: no record is longer; see volume.py
 _SLICE_NS: Final = 1_000_000  # of a compaction; arbitrary, a few requests' worth
 
 
@@ -94,18 +95,24 @@ class Ledger(Journal):
             self.hasten()
         self.volume.applied = self.sequence
 
-    def check_room(self) -> None:
-        """Raises: HeapFullError if there may be no memory to write a request's changes down: it must not begin."""
-        if self._log.is_short:
-            self._log.make_room()
-            if self._log.is_short:
-                raise HeapFullError.of(
-                    "memory",
-                    requested=0,
-                    used=self._log.end,
-                    limit=self._log.end,
-                    advice="/dev/shm has no room for the daemon's own records; enlarge it, or end other programs",
-                )
+    def check_room(self, *, is_taking: bool) -> None:
+        """Whether a request may begin: there must be memory to write its changes down. Where it runs out, requests that
+        give back may go on for longer than those that take.
+
+        Raises: HeapFullError.
+        """
+        log = self._log
+        if not log.is_short:
+            return
+        log.make_room()
+        if log.is_short and (is_taking or log.room < _LAST_ROOM):
+            raise HeapFullError.of(
+                "memory",
+                requested=0,
+                used=log.end,
+                limit=log.end + log.room,
+                advice="/dev/shm has no room for the daemon's own records: free blocks, or enlarge it",
+            )
 
     # -- compaction ----------------------------------------------------------------------------------------------------
     def begin(self, tellings: Iterator[Telling]) -> None:

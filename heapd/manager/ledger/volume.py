@@ -84,6 +84,11 @@ class Log:
         if self._committed < self.end + size:
             raise SegmentError(f"no memory is left for the ledger {self._segment.name}, of {self.end} bytes")
 
+    @property
+    def room(self) -> int:
+        """Bytes committed and not written."""
+        return self._committed - self.end
+
     def frames(self) -> Iterator[bytes]:
         """The payloads of all whole frames. `end` is after the last of them, once they were all read.
 

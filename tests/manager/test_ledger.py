@@ -1,0 +1,235 @@
+"""What the ledger does for a manager: what is remembered over a restart, and what happens where memory is short."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from heapd.errors import HeapFullError, SegmentError
+from heapd.layout import H_INCARNATION, H_MAGIC
+from heapd.manager import KEPT_REPLIES, HeapManager
+from heapd.manager.ledger import Ledger, Volume
+from heapd.records import Grant, HeapInfo
+from heapd.units import MIB
+from heapd.wire import messages as m
+from tests.arenas import finish
+from tests.invariants import check_manager, fill, pattern, read
+from tests.manager.clients import Client
+from tests.manager.ledgers import Mortal, mortal, portrait
+
+
+@pytest.fixture
+def it() -> Iterator[Mortal]:
+    with mortal() as it:
+        yield it
+
+
+@pytest.fixture
+def client(it: Mortal) -> Client:
+    return Client(it.manager)
+
+
+def again(it: Mortal, client: Client) -> Client:
+    """The client after a restart: the same session."""
+    client.manager = it.restart()
+    session = it.manager.sessions.find(client.number)
+    assert session is not None
+    assert session.token == client.session.token
+    client.session = session
+    return client
+
+
+def give_back(client: Client, heap: HeapInfo, grants: list[Grant]) -> None:
+    assert client.ask(m.HeapGiveBack(heap.heap_id, [grant.address for grant in grants])) == len(grants)
+
+
+def ledger_of(manager: HeapManager) -> Ledger:
+    ledger = manager.arena.journal
+    assert isinstance(ledger, Ledger)
+    return ledger
+
+
+# -- what is remembered ------------------------------------------------------------------------------------------------
+def test_blocks_have_their_bytes(it: Mortal, client: Client) -> None:
+    """In slabs, runs and regions of their own; allocated and freed by the next process as by the one before."""
+    heap = client.create("x")
+    grants = [client.alloc(heap, size) for size in (10, 5000, 200_000, 3 * MIB)]
+    for seed, grant in enumerate(grants):
+        fill(it.manager.arena, grant.address, grant.extent, seed)
+    again(it, client)
+    for seed, grant in enumerate(grants):
+        assert read(it.manager.arena, grant.address, grant.extent) == pattern(grant.extent, seed)
+    client.free_many(heap, grants)
+    assert client.statistics(heap).busy_blocks == 0
+    check_manager(it.manager)
+
+
+@pytest.mark.parametrize("is_compacted", [False, True])
+def test_the_last_answers_are_remembered(it: Mortal, client: Client, is_compacted: bool) -> None:
+    """Each with what it was for: whatever was done was answered, too. As many as the service keeps."""
+    for request_id in range(1, 101):
+        HeapManager.handle(it.manager, client.session, m.HeapCreate(f"h{request_id}", 0, 0, 0))
+        answer = b"answer %d" % request_id
+        client.session.replies[request_id] = answer
+        if len(client.session.replies) > KEPT_REPLIES:
+            del client.session.replies[request_id - KEPT_REPLIES]
+        it.manager.commit(client.session, request_id, answer)
+    if is_compacted:
+        finish(it.manager.compaction())
+    again(it, client)
+    assert len(it.manager.heaps) == 100
+    assert client.session.replies == {number: b"answer %d" % number for number in range(37, 101)}
+
+
+def test_a_session_that_was_ending_is_ended_by_the_next_process(it: Mortal, client: Client) -> None:
+    """Its process is dead and nobody asks again; what it left is dealt with where the death cut in."""
+    heap = client.create_persistent("x")
+    other = Client(it.manager)
+    other.open("x")
+    for _ in range(12):
+        other.lease(heap, 16, 512)
+    job = it.manager.end_session(other.session)
+    next(job)
+    assert client.statistics(heap).cached_blocks > 0
+    again(it, client)
+    assert portrait(it.manager)["sessions"][1][0][-1], "its end goes on"
+    for job in it.manager.resume():
+        finish(job)
+    assert client.statistics(heap).cached_blocks == 0
+    assert it.manager.sessions.find(other.number) is None
+    check_manager(it.manager)
+
+
+def test_incarnations_are_counted(it: Mortal, client: Client) -> None:
+    """In the ledger, whatever the arena's header says; the header is told."""
+    it.manager.arena.words[H_INCARNATION] = 77
+    it.restart()
+    assert it.manager.arena.words[H_INCARNATION] == 2
+    it.restart()
+    assert it.manager.arena.words[H_INCARNATION] == 3
+
+
+def test_what_clients_scribbled_while_nobody_served_is_written_anew(it: Mortal, client: Client) -> None:
+    """Page map, slab heads and control blocks follow from the records; only lent blocks' words are believed."""
+    heap = client.create("x")
+    grants = [client.alloc(heap, 64) for _ in range(10)]
+    arena = it.manager.arena
+    slot = grants[0].slot - 1
+    arena.words[slot] = 12345  # the slab's head
+    arena.words[arena.shape.control_slot(heap.heap_id & 0xFFFF)] = 99
+    arena.words[arena.shape.directory // 8 + (grants[0].address >> 21)] = 1 << 61 | 5
+    client.free(heap, grants[3])
+    arena.words[grants[3].slot] = 7
+    again(it, client)
+    assert client.validate(heap) == []
+    check_manager(it.manager)
+
+
+# -- compaction --------------------------------------------------------------------------------------------------------
+def test_a_large_ledger_is_compacted(it: Mortal, client: Client) -> None:
+    """When it is due the manager says so, once; then the ledger is small, and holds the same."""
+    heap = client.create("x")
+    ledger = ledger_of(it.manager)
+    ledger._threshold = 300_000
+    assert it.manager.take_chores() == []
+    kept = [client.alloc(heap, 100) for _ in range(10)]
+    while not ledger.is_large:  # as 300 KB are here
+        give_back(client, heap, client.lease(heap, 16, 512))
+    (job,) = it.manager.take_chores()
+    next(job, None)
+    assert it.manager.take_chores() == [], "one is under way"
+    finish(job)
+    assert ledger.volume.active.end < 20_000
+    assert ledger.volume.segment.allocated_bytes < 8 * MIB
+    before = portrait(it.manager)
+    again(it, client)
+    assert portrait(it.manager) == before
+    client.free_many(heap, kept)
+
+
+# -- memory that runs out ----------------------------------------------------------------------------------------------
+class FullForLedger:
+    """Stands in for posix_fallocate: there is no memory for the ledger; for the arena there is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, manager: HeapManager) -> None:
+        real = os.posix_fallocate
+        ledger = ledger_of(manager).volume.segment.fd
+        self.is_full = True
+
+        def fallocate(fd: int, offset: int, size: int) -> None:
+            if fd == ledger and self.is_full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(fd, offset, size)
+
+        monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+
+def test_where_records_find_no_memory_requests_are_refused(
+    it: Mortal, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that take first; what gives back goes on for thousands of requests more. Nothing is done half, and with
+    memory all goes on."""
+    monkeypatch.setattr("heapd.manager.ledger.volume._AHEAD", 200_000)
+    monkeypatch.setattr("heapd.manager.ledger.ledger._LAST_ROOM", 50_000)
+    heap = client.create("x")
+    full = FullForLedger(monkeypatch, it.manager)
+    grants: list[Grant] = []
+
+    def allocate_for_ever() -> None:
+        while True:
+            grants.extend(client.alloc_many(heap, [16] * 400))
+
+    with pytest.raises(HeapFullError, match="/dev/shm") as caught:
+        allocate_for_ever()
+    assert caught.value.bound == "memory"
+    before = portrait(it.manager)
+    with pytest.raises(HeapFullError):
+        client.create("y")
+    assert portrait(it.manager) == before
+    for grant in grants[:2000]:
+        client.free(heap, grant)
+    again(it, client)
+    assert client.statistics(heap).busy_blocks == len(grants) - 2000
+    full.is_full = False
+    client.alloc_many(heap, [16] * 400)
+    client.free_many(heap, grants[2000:4000])
+    check_manager(it.manager)
+
+
+def test_a_compaction_without_memory_is_put_off(it: Mortal, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log goes on as it was."""
+    heap = client.create("x")
+    FullForLedger(monkeypatch, it.manager)
+    finish(it.manager.compaction())
+    client.alloc(heap, 16)
+    before = portrait(it.manager)
+    again(it, client)
+    assert portrait(it.manager) == before
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+def test_an_arena_that_is_another_one_is_refused(it: Mortal, client: Client) -> None:
+    """The ledger names its arena's identity."""
+    client.create("x")
+    with mortal() as other, pytest.raises(SegmentError, match="another one"):
+        HeapManager.recover(other.arena_name, it.ledger_name)
+
+
+def test_an_arena_that_was_never_finished_is_refused(it: Mortal) -> None:
+    """Its header says so, and nothing is changed."""
+    it.manager.arena.words[H_MAGIC] = 0
+    with pytest.raises(SegmentError, match="incomplete"):
+        HeapManager.recover(it.arena_name, it.ledger_name)
+
+
+def test_records_that_make_no_sense_are_refused(it: Mortal, client: Client) -> None:
+    """Whole by their checksum, and of a slab that never was: no kill does that, so nothing is guessed."""
+    volume = Volume.open(it.ledger_name)
+    list(volume.active.frames())
+    volume.active.append(bytes.fromhex("96 01 00 00 00 c4 00 91 ce 00 ff ff ff".replace(" ", "")))
+    volume.segment.close()
+    with pytest.raises(SegmentError, match="no sense"):
+        HeapManager.recover(it.arena_name, it.ledger_name)
