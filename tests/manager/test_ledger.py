@@ -167,13 +167,19 @@ class FullForLedger:
         monkeypatch.setattr(os, "posix_fallocate", fallocate)
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledgers that are made from now on commit little ahead, so that they are soon short."""
+    monkeypatch.setattr("heapd.manager.ledger.volume._STEP", 1 << 16)
+    monkeypatch.setattr("heapd.manager.ledger.volume._AHEAD", 200_000)
+    monkeypatch.setattr("heapd.manager.ledger.ledger._LAST_ROOM", 50_000)
+
+
 def test_where_records_find_no_memory_requests_are_refused(
-    it: Mortal, client: Client, monkeypatch: pytest.MonkeyPatch
+    little_room: None, it: Mortal, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that take first; what gives back goes on for thousands of requests more. Nothing is done half, and with
     memory all goes on."""
-    monkeypatch.setattr("heapd.manager.ledger.volume._AHEAD", 200_000)
-    monkeypatch.setattr("heapd.manager.ledger.ledger._LAST_ROOM", 50_000)
     heap = client.create("x")
     full = FullForLedger(monkeypatch, it.manager)
     grants: list[Grant] = []
