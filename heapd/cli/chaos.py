@@ -14,7 +14,7 @@ from rich.table import Table
 from heapd.cli.exit_codes import FAILED, OK
 from heapd.cli.params import Seconds, json_option
 from heapd.cli.stress import faults_of
-from heapd.cli.tables import console, make_table, print_json
+from heapd.cli.tables import console, print_json
 from heapd.workloads import WorkloadError
 from heapd.workloads import stress as stress_work
 from heapd.workloads.chaos import ChaosOutcome, run_chaos
@@ -78,7 +78,8 @@ def _display(
 
 def _table(outcome: ChaosOutcome, operations: int) -> Table:
     """What happened and what it broke, as two columns."""
-    table = make_table("", "")
+    table = Table.grid(padding=(0, 2))
+    table.title_justify = "left"
     for what, value in _figures(outcome, operations).items():
         table.add_row(what, value)
     return table
