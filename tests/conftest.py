@@ -52,6 +52,15 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
+def common_place() -> Iterator[Path]:
+    """A directory that everybody can enter."""
+    path = Path(tempfile.mkdtemp(prefix="heapd-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
 def start_daemon(runtime_dir: Path) -> Iterator[StartDaemon]:
     """`start_daemon("--commit-limit", "64MiB", name="x")`: a daemon that answers; each must end cleanly."""
     daemons: list[harness.Daemon] = []

@@ -88,12 +88,9 @@ def test_a_directory_is_private_or_open_to_its_group_or_refused(
 
 
 @needs_root
-def test_a_directory_is_opened_to_one_group(tmp_path: Path) -> None:
+def test_a_directory_is_opened_to_one_group(common_place: Path) -> None:
     """Opening it again is no error; to a second group it is one."""
-    tmp_path.parent.chmod(0o755)
-    tmp_path.parent.parent.chmod(0o755)
-    path = tmp_path / "run"
-    tmp_path.chmod(0o755)
+    path = common_place / "run"
     for _ in range(2):
         assert make_directory(str(path), GROUP) == Access(0, GROUP)
     assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (GROUP, 0o750)
@@ -112,17 +109,15 @@ def test_a_directory_that_a_group_could_not_reach_is_not_opened(tmp_path: Path) 
 
 
 @needs_root
-def test_only_a_member_opens_a_directory_to_a_group(tmp_path: Path) -> None:
+def test_only_a_member_opens_a_directory_to_a_group(common_place: Path) -> None:
     """Giving it to a group that one is not in is the system's to refuse."""
-    for path in (tmp_path.parent.parent, tmp_path.parent):
-        path.chmod(0o755)
-    tmp_path.chmod(0o777)
+    common_place.chmod(0o777)
     body = """
     from heapd.wire import make_directory
     attempt(lambda: make_directory(sys.argv[1], int(sys.argv[2])).gid)
     """
     answers = [
-        run_as(NOBODY, body, str(tmp_path / f"run{count}"), str(GROUP), groups=groups)
+        run_as(NOBODY, body, str(common_place / f"run{count}"), str(GROUP), groups=groups)
         for count, groups in enumerate(([], [GROUP]))
     ]
     assert "be a member of it" in answers[0][0]
@@ -130,14 +125,11 @@ def test_only_a_member_opens_a_directory_to_a_group(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_another_users_directory_is_trusted_only_through_a_group_of_ours(tmp_path: Path) -> None:
+def test_another_users_directory_is_trusted_only_through_a_group_of_ours(common_place: Path) -> None:
     """And never where this user's own would be: in /tmp anybody could have made that first."""
-    for path in (tmp_path.parent.parent, tmp_path.parent):
-        path.chmod(0o755)
-    theirs = tmp_path / "heapd"
+    theirs = common_place / "heapd"
     theirs.mkdir(mode=0o750)
     os.chown(theirs, -1, GROUP)
-    tmp_path.chmod(0o755)
     body = """
     from heapd.wire import check_directory
     os.environ["XDG_RUNTIME_DIR"] = sys.argv[2]
@@ -145,7 +137,7 @@ def test_another_users_directory_is_trusted_only_through_a_group_of_ours(tmp_pat
     """
     told = [
         run_as(NOBODY, body, str(theirs), own, groups=groups)[0]
-        for groups, own in (([GROUP], "/run/user/65534"), ([], "/run/user/65534"), ([GROUP], str(tmp_path)))
+        for groups, own in (([GROUP], "/run/user/65534"), ([], "/run/user/65534"), ([GROUP], str(common_place)))
     ]
     assert told[0] == f"did {GROUP}"
     assert "belongs to user 0" in told[1]
