@@ -34,7 +34,7 @@ from typing import Any, Final
 
 from heapd.errors import LockNotHeldError, LockTimeoutError, SegmentError
 
-__all__ = ["MUTEX_SIZE", "Holder", "Mutex", "held", "init"]
+__all__ = ["MUTEX_SIZE", "Holder", "Mutex", "fault", "held", "init", "make_ready"]
 
 MUTEX_SIZE: Final = 64  # bytes set aside, one cache line; glibc uses 40 (x86-64) or 48 (aarch64)
 
@@ -42,9 +42,12 @@ MUTEX_SIZE: Final = 64  # bytes set aside, one cache line; glibc uses 40 (x86-64
 _LOCK_OFFSET: Final = 0  # holder's thread id, | _DIED, | a waiters bit
 _COUNT_OFFSET: Final = 4  # how often the holder holds it
 _OWNER_OFFSET: Final = 8  # holder's thread id once it is consistent
+_KIND_OFFSET: Final = 16  # process-shared, robust, recursive; never changes
 _TID_MASK: Final = 0x3FFF_FFFF  # FUTEX_TID_MASK
 _DIED: Final = 0x4000_0000  # FUTEX_OWNER_DIED
+_WAITERS: Final = 0x8000_0000  # FUTEX_WAITERS
 _INCONSISTENT: Final = 0x7FFF_FFFF  # the owner field between EOWNERDEAD and pthread_mutex_consistent
+_LOST: Final = 0x7FFF_FFFE  # ... and for good, once it was given up unrepaired
 
 _PROCESS_SHARED: Final = 1
 _ROBUST: Final = 1
@@ -94,6 +97,32 @@ def init(pointer: int) -> None:
     _init(pointer)
 
 
+def make_ready(pointer: int) -> bool:
+    """See that a mutex which nobody has a use for any more is free and sound for whoever comes next; False if somebody
+    holds it, or waits for it.
+
+    Only `init` is called on it, which follows no pointer in it: everybody can write there, and taking and giving up a
+    mutex whose links point anywhere writes there.
+    """
+    words = _Words(pointer)
+    lock = words.lock.value
+    if lock & _WAITERS or (lock & _TID_MASK and not lock & _DIED):
+        return False
+    if lock or words.owner.value or fault(pointer):
+        init(pointer)
+    return True
+
+
+def fault(pointer: int) -> str:
+    """What is wrong with the mutex, as a sentence; "" if it can be used. Reads it only."""
+    kind = c_uint32.from_address(pointer + _KIND_OFFSET).value
+    if kind != _self_test():
+        return f"the mutex is of kind {kind:#x}, and was made as {_self_test():#x}"
+    if _Words(pointer).owner.value == _LOST:
+        return "the mutex is beyond recovery: its holder died and the next one gave it up unrepaired"
+    return ""
+
+
 def _init(pointer: int) -> None:
     attributes = _Storage()
     for name, *value in (
@@ -112,8 +141,9 @@ def _check(what: str, status: int) -> None:
 
 
 @cache
-def _self_test() -> None:
-    """Check once that this C library keeps holder and count where `depth` and `holder_tid` look for them."""
+def _self_test() -> int:
+    """Check once that this C library keeps holder and count where `depth` and `holder_tid` look for them. Returns: the
+    kind field of a mutex of ours."""
     storage = _Storage()
     _init(ctypes.addressof(storage))
     mutex = _Words(ctypes.addressof(storage))
@@ -123,6 +153,7 @@ def _self_test() -> None:
     statuses += [_UNLOCK(byref(storage)), _UNLOCK(byref(storage))]
     if statuses != [0, 0, 0, 0] or seen != (tid, 2, tid) or mutex.lock.value:
         raise SegmentError("the C library's mutexes are not laid out as glibc's; heapd needs glibc")
+    return c_uint32.from_buffer(storage, _KIND_OFFSET).value
 
 
 class _Words:

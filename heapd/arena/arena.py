@@ -11,7 +11,7 @@ import os
 import re
 import uuid
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from mmap import MADV_REMOVE
 
@@ -52,7 +52,7 @@ from heapd.layout import (
     ArenaShape,
     make_page_word,
 )
-from heapd.records import ArenaStatistics
+from heapd.records import ArenaStatistics, Violation
 from heapd.units import GRANULE_PAGES, GRANULE_SIZE, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size
 
 __all__ = ["Arena"]
@@ -97,6 +97,7 @@ class Arena:
         self.journal = Journal(self.words)
         self.instance = uuid.uuid4().bytes
         self.pages = PageMap(self.words, shape, self._commit_table)
+        self._header: dict[int, int] = {}  # what was written there, by slot
         self.reserved = 0
         self._state = bytearray(shape.page_count)  # PAGE_*; zeros, so untouched parts cost nothing
         self._granules = Extents()  # free address space
@@ -123,7 +124,7 @@ class Arena:
         segment = Segment.create(name, shape.size)
         try:
             arena = cls(segment, shape, Budget(default_commit_limit() if commit_limit is None else commit_limit))
-            arena._write_header()
+            arena._set_up()
         except BaseException:
             segment.unlink()
             segment.close()
@@ -152,7 +153,7 @@ class Arena:
         segment = Segment.attach(name)
         try:
             _check_header(segment, instance, len(states))
-            arena = cls(segment, ArenaShape(len(states), segment.words[H_HEAP_LIMIT]), Budget(commit_limit))
+            arena = cls(segment, ArenaShape(len(states)), Budget(commit_limit))
         except SegmentError:
             segment.close()
             raise
@@ -163,9 +164,8 @@ class Arena:
         arena.budget.peak = max(peak, arena.budget.committed)
         arena._restore_tables()
         arena._restore_free(sorted(regions))
-        arena.words[H_INCARNATION] = incarnation
-        arena.words[H_COMMIT_LIMIT] = commit_limit
-        arena._publish()
+        arena._write_header(incarnation)
+        arena._tell(H_MAGIC, MAGIC)
         return arena
 
     def _restore_tables(self) -> None:
@@ -225,33 +225,41 @@ class Arena:
         """PAGE_* of each page of a range."""
         return bytes(self._state[first : first + page_count])
 
-    def _write_header(self) -> None:
-        words, shape = self.words, self.shape
+    def _set_up(self) -> None:
+        shape = self.shape
         self._commit_table(0, PAGE_SIZE)
-        words[H_STATE] = STARTING
-        words[H_VERSION] = LAYOUT_VERSION
-        words[H_INSTANCE] = int.from_bytes(self.instance[:8], "little")
-        words[H_INSTANCE + 1] = int.from_bytes(self.instance[8:], "little")
-        words[H_INCARNATION] = 1
-        words[H_PAGE_COUNT] = shape.page_count
-        words[H_HEAP_LIMIT] = shape.heap_limit
-        words[H_COMMIT_LIMIT] = self.budget.limit
-        words[H_CONTROLS_READY] = words[H_SESSIONS_READY] = 0
+        self._write_header(1)
         self.pages.prepare()
         self._granules.give(shape.first_page // GRANULE_PAGES, (shape.page_count - shape.first_page) // GRANULE_PAGES)
-        words[H_MAGIC] = MAGIC  # last: a segment without it was never finished
+        self._tell(H_MAGIC, MAGIC)  # last: a segment without it was never finished
+
+    def _write_header(self, incarnation: int) -> None:
+        self._tell(H_STATE, STARTING)
+        self._tell(H_VERSION, LAYOUT_VERSION)
+        self._tell(H_INSTANCE, int.from_bytes(self.instance[:8], "little"))
+        self._tell(H_INSTANCE + 1, int.from_bytes(self.instance[8:], "little"))
+        self._tell(H_INCARNATION, incarnation)
+        self._tell(H_PAGE_COUNT, self.shape.page_count)
+        self._tell(H_HEAP_LIMIT, self.shape.heap_limit)
+        self._tell(H_COMMIT_LIMIT, self.budget.limit)
+        self._tell(H_CONTROLS_READY, self._controls_ready)
+        self._tell(H_SESSIONS_READY, self._sessions_ready)
         self._publish()
+
+    def _tell(self, slot: int, value: int) -> None:
+        """Write a word of the header, and remember it: who scribbles there is found out."""
+        self.words[slot] = self._header[slot] = value
 
     def limit_commit(self, limit: int) -> None:
         """Change how much may be committed. Args: limit (bytes; what is committed beyond it stays)."""
         self.budget.limit = limit
-        self.words[H_COMMIT_LIMIT] = limit
+        self._tell(H_COMMIT_LIMIT, limit)
 
     def start(self, pid: int, start_time: int) -> None:
         """Say who serves the arena. Args: pid, start_time (clock ticks after boot, /proc/PID/stat field 22)."""
-        self.words[H_PID] = pid
-        self.words[H_START_TIME] = start_time
-        self.words[H_STATE] = RUNNING
+        self._tell(H_PID, pid)
+        self._tell(H_START_TIME, start_time)
+        self._tell(H_STATE, RUNNING)
 
     def stop(self) -> None:
         """Mark the arena as stopped on purpose, unlink and unmap it."""
@@ -465,7 +473,8 @@ class Arena:
             per_page = PAGE_SIZE // CONTROL_SIZE
             until = align_up(index + 1, per_page)
             self._commit_table(self.shape.controls + ready * CONTROL_SIZE, (until - ready) * CONTROL_SIZE)
-            self.words[H_CONTROLS_READY] = self._controls_ready = until
+            self._controls_ready = until
+            self._tell(H_CONTROLS_READY, until)
         return self.shape.control_slot(index)
 
     def set_session(self, number: int, word: int) -> None:
@@ -474,7 +483,8 @@ class Arena:
         if number >= ready:
             until = align_up(number + 1, PAGE_SIZE // WORD)
             self._commit_table(self.shape.sessions + ready * WORD, (until - ready) * WORD)
-            self.words[H_SESSIONS_READY] = self._sessions_ready = until
+            self._sessions_ready = until
+            self._tell(H_SESSIONS_READY, until)
         self.words[self.shape.session_slot(number)] = word
 
     def restore_sessions(self, live: dict[int, int]) -> None:
@@ -490,6 +500,14 @@ class Arena:
         whose pages became another slab does not name a block of that one."""
         self._seed = self._seed + 0x9E3779B1 & 0x7FFFFFFF
         return self._seed
+
+    def violations(self) -> Iterator[Violation]:
+        """What the header says wrong."""
+        known = {**self._header, H_COMMITTED: self.budget.committed, H_RESERVED: self.reserved}
+        for slot, value in known.items():
+            if self.words[slot] != value:
+                detail = f"word {slot} of the header is {self.words[slot]:#x}, and was written as {value:#x}"
+                yield Violation("header", slot * WORD, 0, detail)
 
     def _publish(self) -> None:
         self.words[H_COMMITTED] = self.budget.committed

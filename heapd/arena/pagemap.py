@@ -34,8 +34,8 @@ def _fill(word: int, count: int) -> memoryview:
 class PageMap:
     """Writes page words; commits the map's own pages through `commit_table(address, size)` before it touches them.
 
-    Which chunks are mapped is kept in private, too: a directory that a client scribbled on must not lead the daemon to
-    a page of the map that is not committed.
+    Which chunks are mapped, and the word of each that is not, is kept in private, too: a directory that a client
+    scribbled on must not lead the daemon to a page of the map that is not committed, nor spread over it.
     """
 
     def __init__(self, words: memoryview, shape: ArenaShape, commit_table: Callable[[int, int], None]) -> None:
@@ -45,21 +45,22 @@ class PageMap:
         self._directory = shape.directory // WORD
         self._map = shape.page_map // WORD
         self._mapped = bytearray(shape.chunk_count)
+        self._entries = array("Q", bytes(shape.chunk_count * WORD))
 
     def prepare(self) -> None:
         """Commit the directory and say that the tables' own pages are tables."""
         self._commit_table(self._shape.directory, self._shape.chunk_count * WORD)
-        chunks = self._shape.first_page >> CHUNK_SHIFT
-        word = make_page_word(PAGE_RESERVED, KIND_TABLE, 0, 0)
-        self._words[self._directory : self._directory + chunks] = _fill(word, chunks)
+        self._describe_tables()
 
     def restore(self, mapped: bytearray) -> None:
         """Take over the map of an earlier process. Args: mapped (1 for each chunk that is; kept)."""
         self._mapped = mapped
         for chunk in self.mapped_chunks():
             self._words[self._directory + chunk] = MAPPED
-        tables, word = self._shape.first_page >> CHUNK_SHIFT, make_page_word(PAGE_RESERVED, KIND_TABLE, 0, 0)
-        self._words[self._directory : self._directory + tables] = _fill(word, tables)
+        self._describe_tables()
+
+    def _describe_tables(self) -> None:
+        self.set(0, self._shape.first_page, make_page_word(PAGE_RESERVED, KIND_TABLE, 0, 0))
 
     def word(self, page: int) -> int:
         """What a reader finds for the page; a directory entry that leads nowhere is returned as it is."""
@@ -98,7 +99,7 @@ class PageMap:
         self._commit_table(shape.page_map + chunk * PAGE_SIZE, PAGE_SIZE)
         self._commit_table(shape.run_words + chunk * PAGE_SIZE, PAGE_SIZE)
         at = self._map + (chunk << CHUNK_SHIFT)
-        self._words[at : at + CHUNK_PAGES] = _fill(self._words[self._directory + chunk], CHUNK_PAGES)
+        self._words[at : at + CHUNK_PAGES] = _fill(self._entries[chunk], CHUNK_PAGES)
         self._mapped[chunk] = 1
         self._words[self._directory + chunk] = MAPPED  # last: readers may look there from now on
 
@@ -115,7 +116,7 @@ class PageMap:
                 self._words[self._map + first : self._map + stop] = _fill(word, stop - first)
             else:
                 assert stop - first == CHUNK_PAGES, "a chunk covered in part was not mapped"
-                self._words[self._directory + chunk] = word
+                self._entries[chunk] = self._words[self._directory + chunk] = word
             first = stop
 
     def spans(self, first: int, count: int) -> Iterator[tuple[int, int, int]]:

@@ -3,7 +3,9 @@
 1. Slabs, runs and spare extents tile every region.          2. Spare extents are coalesced and filed right.
 3. Each page word says what the records say.                 4. A slab's head names its class; its lists agree.
 5. A lent block's word is BUSY or CACHED, by a known session, with a size that fits; any other block's is FREE.
-6. The control block names the heap and is live.
+6. The control block names the heap and is live, its mutex is one; the arena's header is as written (the manager).
+
+A finding names the session that holds the block: the one in its word, and where that is none, the one it was lent to.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 
 from heapd.heap.heap import Heap
+from heapd.heap.holdings import NOBODY
 from heapd.heap.slab import Slab
 from heapd.heap.space import Region
 from heapd.layout import (
@@ -83,14 +86,17 @@ def validate_block(heap: Heap, address: int, is_known: IsKnown) -> list[Violatio
             return [Violation("free-block", address, 0, "the block is free")]
         word = heap.arena.words[slab.slot + index]
         return [
-            *_check_lent_word(SLAB_WORD, word, address, slab.kind.extent, is_known),
+            *_check_lent_word(SLAB_WORD, word, address, slab.kind.extent, is_known, slab.lent[index]),
             *_check_busy(SLAB_WORD, word, address),
         ]
     if address % (1 << PAGE_SHIFT) or page not in heap.runs:
         return [Violation("not-a-block", address, 0, "no block begins here")]
     word = heap.arena.words[heap.arena.shape.run_slot(page)]
     extent = heap.runs[page] << PAGE_SHIFT
-    return [*_check_lent_word(RUN_WORD, word, address, extent, is_known), *_check_busy(RUN_WORD, word, address)]
+    return [
+        *_check_lent_word(RUN_WORD, word, address, extent, is_known, heap.borrowers[page]),
+        *_check_busy(RUN_WORD, word, address),
+    ]
 
 
 def _check_busy(form: WordFormat, word: int, address: int) -> Iterator[Violation]:
@@ -148,7 +154,7 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
     for index, word in enumerate(arena.words[slab.slot : slab.slot + slab.carved].tolist()):
         block = slab.base + index * kind.extent
         if slab.lent[index]:
-            yield from _check_lent_word(SLAB_WORD, word, block, kind.extent, is_known)
+            yield from _check_lent_word(SLAB_WORD, word, block, kind.extent, is_known, slab.lent[index])
         elif SLAB_WORD.state(word) != FREE or SLAB_WORD.session(word):
             detail = f"a free block's state word says {_NAMES.get(SLAB_WORD.state(word), 'nonsense')}"
             yield Violation("state-word", block, SLAB_WORD.session(word), detail)
@@ -156,15 +162,20 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
 
 def _check_run(heap: Heap, first: int, is_known: IsKnown) -> Iterator[Violation]:
     word = heap.arena.words[heap.arena.shape.run_slot(first)]
-    yield from _check_lent_word(RUN_WORD, word, first << PAGE_SHIFT, heap.runs[first] << PAGE_SHIFT, is_known)
+    extent = heap.runs[first] << PAGE_SHIFT
+    yield from _check_lent_word(RUN_WORD, word, first << PAGE_SHIFT, extent, is_known, heap.borrowers[first])
 
 
-def _check_lent_word(form: WordFormat, word: int, address: int, extent: int, is_known: IsKnown) -> Iterator[Violation]:
+def _check_lent_word(
+    form: WordFormat, word: int, address: int, extent: int, is_known: IsKnown, borrower: int
+) -> Iterator[Violation]:
     state, session = form.state(word), form.session(word)
     if state not in (BUSY, CACHED):
-        yield Violation("state-word", address, session, "a block that was given out has a state word that says free")
+        detail = "a block that was given out has a state word that says free"
+        yield Violation("state-word", address, 0 if borrower == NOBODY else borrower, detail)
     elif not is_known(session):
-        yield Violation("state-word", address, session, f"the state word names session {session}, which never was")
+        detail = f"the state word names session {session}, which never was"
+        yield Violation("state-word", address, 0 if borrower == NOBODY else borrower, detail)
     elif state == BUSY and form.size(word) > extent:
         detail = f"the state word says {form.size(word)} bytes, the block has {extent}"
         yield Violation("state-word", address, session, detail)

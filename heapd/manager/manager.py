@@ -461,7 +461,7 @@ class HeapManager:
         return self._validate_all(shared)
 
     def _validate_all(self, shared: SharedHeap) -> Job:
-        found = list(self._directory.controls.violations(shared.heap_id, shared.flags))
+        found = [*self.arena.violations(), *self._directory.controls.violations(shared.heap_id, shared.flags)]
         found += yield from validate_heap(shared.heap, self.sessions.is_known)
         return [as_tuple(violation) for violation in found]
 

@@ -17,6 +17,7 @@ from heapd.layout import (
     C_HEAP_ID,
     C_HOLDER,
     C_LIVE,
+    C_MUTEX,
     C_RECOVERED,
     C_WAITED_NS,
     F_FREE_ORPHANS,
@@ -24,7 +25,7 @@ from heapd.layout import (
     HEAP_INDEX_BITS,
     WORD,
 )
-from heapd.mutex import Mutex, init
+from heapd.mutex import fault, init, make_ready
 from heapd.records import HeapInfo, Violation
 from heapd.units import PAGE_SHIFT
 
@@ -116,7 +117,7 @@ class Controls:
     def take(self) -> int:
         """A new heap id; its control block's index is in the low 16 bits. Raises: LimitError, HeapFullError."""
         for position, index in enumerate(self._unused):
-            if not self._is_held(index):
+            if make_ready(self._mutex(index)):
                 del self._unused[position]
                 break
         else:
@@ -124,7 +125,7 @@ class Controls:
             if index >= self._limit:
                 raise LimitError(f"the arena has {self._limit} heaps, its limit; destroy some", limit=self._limit)
             self._arena.prepare_control(index)
-            init(self._base + self._arena.shape.mutex_address(index))
+            init(self._mutex(index))
             self._next_index += 1
             self._epochs.append(0)
             self._set_epoch(index, 0)
@@ -203,6 +204,8 @@ class Controls:
         if words[slot + C_FLAGS] != flags:
             detail = f"the flags are {words[slot + C_FLAGS]:#x}, the heap was made with {flags:#x}"
             yield Violation("control-block", address, 0, detail)
+        if detail := fault(self._mutex(heap_id & _INDEX_MASK)):
+            yield Violation("mutex", address + C_MUTEX * WORD, 0, detail)
 
     def abandon(self, heap_id: int) -> None:
         """Give back an id that `take` gave and no heap came to use."""
@@ -211,11 +214,6 @@ class Controls:
     def _slot(self, heap_id: int) -> int:
         return self._arena.shape.control_slot(heap_id & _INDEX_MASK)
 
-    def _is_held(self, index: int) -> bool:
-        """Whether somebody holds the mutex of an unused control block. One whose holder died is made good, so that
-        the next heap's first user is not told of it."""
-        mutex = Mutex(self._base + self._arena.shape.mutex_address(index))
-        if mutex.owner_tid() or not mutex.try_acquire():
-            return True
-        mutex.release()
-        return False
+    def _mutex(self, index: int) -> int:
+        """Pointer to the mutex of control block `index`. Nothing here ever takes one."""
+        return self._base + self._arena.shape.mutex_address(index)

@@ -55,11 +55,13 @@ def test_a_lent_block_whose_word_says_free(heap: Heap, blocks: dict[str, Grant],
 
 @pytest.mark.parametrize("name", ["small", "run", "big"])
 def test_a_word_of_a_session_that_never_was(heap: Heap, blocks: dict[str, Grant], name: str) -> None:
-    """The finding names the number that was written."""
+    """The finding tells the number that was written, and names the session that the block was lent to."""
     grant = blocks[name]
     form = heap.arena.shape.word_format(grant.slot)
     heap.arena.words[grant.slot] = form.busy(4242, grant.generation, 10)
-    assert only(validate(heap), "state-word", grant.address).session == 4242
+    found = only(validate(heap), "state-word", grant.address)
+    assert found.session == SESSION
+    assert "4242" in found.detail
 
 
 @pytest.mark.parametrize("name", ["small", "run", "big"])
