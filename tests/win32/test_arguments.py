@@ -180,9 +180,8 @@ def test_ctrl_c_gets_through_to_a_waiting_lock(heap: int) -> None:
     assert win32.HeapUnlock(heap)
 
 
-def test_an_interrupted_alloc_or_free_loses_no_block(attached: str) -> None:
-    """Signals strike a loop of HeapAlloc and HeapFree: what was returned is allocated, and the heap has nothing else
-    but blocks of calls that were interrupted."""
+def test_an_interrupted_lock_is_not_held(attached: str) -> None:
+    """HeapLock returns with the lock held, or raises without; at whatever instant a signal strikes."""
 
     class Struck(Exception):
         pass
@@ -199,26 +198,59 @@ def test_an_interrupted_alloc_or_free_loses_no_block(attached: str) -> None:
         nonlocal is_armed
         signal.signal(signal.SIGALRM, strike)
         with new_heap() as heap:
-            kept: set[int] = set()
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
             struck = 0
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
+                is_held = False
                 try:
                     is_armed = True
-                    kept.add(win32.HeapAlloc(heap, 0, 64))
-                    freed = kept.pop()
-                    assert win32.HeapFree(heap, 0, freed)
+                    is_held = win32.HeapLock(heap)
                     is_armed = False
                 except Struck:
                     struck += 1
+                assert win32.HeapUnlock(heap) is is_held
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert struck > 20
+
+    assert in_child(work) == 0
+
+
+def test_an_interrupted_alloc_or_free_loses_no_block(attached: str) -> None:
+    """HeapAlloc returns a block, or raises and there is none; HeapFree frees it, or it is there yet. On the short way
+    and on the slow one."""
+
+    class Struck(Exception):
+        pass
+
+    is_armed = False
+
+    def strike(*_: object) -> None:
+        nonlocal is_armed
+        if is_armed:
+            is_armed = False
+            raise Struck
+
+    def work() -> None:
+        nonlocal is_armed
+        signal.signal(signal.SIGALRM, strike)
+        with new_heap() as heap:
+            signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
+            struck = turn = 0
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                flags, turn, block = turn % 2, turn + 1, 0  # 1 is HEAP_NO_SERIALIZE, which goes the slow way
+                try:
+                    is_armed = True
+                    block = win32.HeapAlloc(heap, flags, 64)
+                    win32.HeapFree(heap, flags, block)
+                    is_armed = False
+                except Struck:
+                    struck += 1
+                    win32.HeapFree(heap, 0, block)  # it may be free already
             signal.setitimer(signal.ITIMER_REAL, 0)
             assert struck > 20
             assert win32.HeapValidate(heap, 0, None)
-            left = {address for address, _ in busy(heap)}
-            assert len(left - kept) <= struck
-            for address in left:
-                assert win32.HeapFree(heap, 0, address)
             assert busy(heap) == []
 
     assert in_child(work) == 0

@@ -30,7 +30,7 @@ from .constants import (
     NO_ERROR,
     SIZE_T_MAX,
 )
-from .last_error import Failure, SetLastError, fails_with
+from .last_error import Failure, SetLastError, fails_with, patiently
 from .process import heap_of, hot, process
 
 __all__ = [
@@ -158,10 +158,12 @@ def HeapAlloc(hHeap: int | None, dwFlags: int, dwBytes: int) -> int:
             return block.address
     except (LookupError, TypeError, HeapdError):
         pass
-    return _alloc_slowly(hHeap, dwFlags, dwBytes)
+    try:
+        return _alloc_slowly(hHeap, dwFlags, dwBytes)
+    except Failure as failure:
+        return failure.set(0)
 
 
-@fails_with(0)
 def _alloc_slowly(hHeap: Any, dwFlags: Any, dwBytes: Any) -> int:
     handle, flags, size = address(hHeap), dword(dwFlags), size_t(dwBytes)
     raises = bool(flags & _EXCEPTIONS)
@@ -264,16 +266,18 @@ def HeapCompact(hHeap: int | None, dwFlags: int) -> int:
     return largest
 
 
-@fails_with(False)
 def HeapLock(hHeap: int | None) -> bool:
     """Take the heap's lock for the calling thread; it may hold it more than once. Waits without limit.
 
     In a heap made with HEAP_NO_SERIALIZE it excludes nobody.
     """
-    found = heap_of(address(hHeap))
-    if found.is_serialized:
-        found.lock()
-    return True
+    try:
+        found = patiently(heap_of, address(hHeap))
+        if found.is_serialized:
+            found.lock()
+        return True  # nothing else is called once it is held: see OpenHeap.lock
+    except Failure as failure:
+        return failure.set(False)
 
 
 @fails_with(False)

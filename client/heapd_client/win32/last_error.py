@@ -38,7 +38,16 @@ from .constants import (
     STATUS_NO_MEMORY,
 )
 
-__all__ = ["Failure", "GetLastError", "SetLastError", "StructuredException", "attempt", "fails_with", "patiently"]
+__all__ = [
+    "Failure",
+    "GetLastError",
+    "SetLastError",
+    "StructuredException",
+    "attempt",
+    "failure_of",
+    "fails_with",
+    "patiently",
+]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -82,6 +91,12 @@ class Failure(Exception):
         self.code = code
         self.reason = reason
 
+    def set(self, result: _T) -> _T:
+        """Set the last error; `result` is what the function returns."""
+        if self.code is not None:
+            _thread.last_error = self.code
+        return result
+
     def throw(self) -> NoReturn:
         """As the exception that the caller asked for."""
         code = STATUS_NO_MEMORY if self.code == ERROR_NOT_ENOUGH_MEMORY else STATUS_ACCESS_VIOLATION
@@ -99,11 +114,12 @@ _CODES: Final[tuple[tuple[tuple[type[HeapdError], ...] | type[MemoryError], int]
 )
 
 
-def _failure_of(error: HeapdError) -> Failure | None:
+def failure_of(error: HeapdError) -> Exception:
+    """The Failure that an error is; the error itself if Windows has no code for it."""
     for kinds, code in _CODES:
         if isinstance(error, kinds):
             return Failure(code, str(error))
-    return None
+    return error
 
 
 def patiently(function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
@@ -114,10 +130,7 @@ def patiently(function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwa
         except LockTimeoutError:
             continue
         except HeapdError as error:
-            failure = _failure_of(error)
-            if failure is None:
-                raise
-            raise failure from error
+            raise failure_of(error) from None
 
 
 def attempt(result: Any, function: Callable[_P, _T], *arguments: _P.args, **options: _P.kwargs) -> _T:
@@ -125,9 +138,7 @@ def attempt(result: Any, function: Callable[_P, _T], *arguments: _P.args, **opti
     try:
         return patiently(function, *arguments, **options)
     except Failure as failure:
-        if failure.code is not None:
-            _thread.last_error = failure.code
-        return result  # type: ignore[no-any-return]
+        return failure.set(result)  # type: ignore[no-any-return]
 
 
 def fails_with(result: Any) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:

@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import get_ident
 from typing import ParamSpec, TypeVar
 
-from heapd.errors import HeapdError, NotABlockError
+from heapd.errors import HeapdError, LockTimeoutError, NotABlockError
 from heapd.layout import F_GENERATE_EXCEPTIONS, F_SERIALIZE, HEAP_INDEX_BITS, PAGE_COMMITTED
 
 from ..block import Block
 from ..handles import was_block
 from ..heap import Heap
 from .constants import ERROR_INVALID_PARAMETER, ERROR_NOACCESS, HEAP_NO_SERIALIZE
-from .last_error import Failure, patiently
+from .last_error import Failure, failure_of, patiently
 
 __all__ = ["OpenHeap"]
 
@@ -91,7 +91,17 @@ class OpenHeap:
 
     def alloc(self, flags: int, size: int, zero: bool) -> int:
         """Address of a new block. Raises: Failure."""
-        block = self.call(flags, self.heap.alloc_slow, size, zero, None)
+        block = None
+        try:
+            while block is None:
+                with suppress(LockTimeoutError), self.locked(flags):
+                    block = self.heap.alloc_slow(size, zero, None)
+        except HeapdError as error:
+            raise failure_of(error) from None
+        except BaseException:
+            if block is not None:  # a signal handler's, at the end of `with`
+                self.heap.session.give_back_later(self.heap.id, block.address, block.generation)
+            raise
         self.blocks[block.address] = block
         return block.address
 
@@ -129,8 +139,12 @@ class OpenHeap:
     def lock(self) -> None:
         """HeapLock. Raises: Failure; not held then."""
         me = get_ident()
-        self.heap.lock()
         self._locks[me] = self._locks.get(me, 0) + 1
+        try:
+            self.heap.lock()  # last: a signal handler may raise after anything else, and the lock would be held
+        except BaseException:
+            self._locks[me] -= 1
+            raise
 
     def unlock(self) -> None:
         """Raises: LockNotHeldError."""
