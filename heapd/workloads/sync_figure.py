@@ -22,7 +22,8 @@ _STYLES = {
     "own": ("#009e73", "^"),
 }
 _WIDE = 100  # largest value / smallest, above which a logarithmic axis has a number a decade
-_LEGEND_SHARE = 0.4  # of the height of the lines
+_LEGEND_SHARE = 0.4  # of the height of the lines, above them
+_FOOT_SHARE = 0.1  # below them, for the mark of the CPUs
 _HOLD_STYLES = [("#56b4e9", "o"), ("#e69f00", "s"), ("#cc79a7", "^"), ("#999999", "D")]
 
 
@@ -67,7 +68,8 @@ def draw(cells: list[Cell], conditions: dict[str, str], paths: list[Path]) -> No
 
 
 def _conditions_text(conditions: dict[str, str], cpus: int) -> str:
-    first = f"{conditions['machine']}, {cpus} of them usable; {conditions['system']}; {conditions['date']}"
+    usable = "" if cpus == os.cpu_count() else f", {cpus} CPUs usable"
+    first = f"{conditions['machine']}{usable}; {conditions['system']}; {conditions['date']}"
     return f"{first}\n{conditions['versions']}; runs: {conditions['runs']}"
 
 
@@ -143,7 +145,8 @@ def _log_axis(chart: Any) -> None:
 def _legend_above(chart: Any) -> None:
     """A legend in two columns over the lines of a logarithmic axis, with room made for it."""
     low, high = chart.get_ylim()
-    chart.set_ylim(low, high * (high / low) ** _LEGEND_SHARE)
+    height = high / low
+    chart.set_ylim(low / height**_FOOT_SHARE, high * height**_LEGEND_SHARE)
     chart.legend(loc="upper center", ncols=2)
 
 
