@@ -110,3 +110,11 @@ def test_the_ledger_is_compared_with_none(tmp_path: Path) -> None:
     figures = check(run("ledger", tmp_path, "--quick", "--rounds", "1", "--blocks", "2000"), tmp_path)
     assert figures["alloc: with / without"] > 0
     assert 0 < figures["restart with 2,000 live blocks, longest"] < 2
+
+
+def test_restart_measures_the_gap_with_few_blocks_and_with_many(tmp_path: Path) -> None:
+    """`restart` kills the server under requests, and counts what a client allocates meanwhile."""
+    figures = check(run("restart", tmp_path, "--kills", "1", "--blocks", "5000"), tmp_path)
+    assert 0 < figures["gap, median"] <= figures["gap, longest"]
+    assert figures["gap with 5,000 live blocks, longest"] > 0
+    assert figures["alloc + free while there was no server"] >= 1000
