@@ -18,8 +18,11 @@ from typing import Final, NamedTuple
 
 from heapd.errors import ExecuteError, SegmentError, VersionError
 from heapd.layout import (
+    C_HEAP_ID,
+    C_LIVE,
     CHUNK_PAGES,
     CHUNK_SHIFT,
+    H_CONTROLS_READY,
     H_HEAP_LIMIT,
     H_INCARNATION,
     H_INSTANCE,
@@ -29,6 +32,7 @@ from heapd.layout import (
     H_START_TIME,
     H_STATE,
     H_VERSION,
+    HEAP_INDEX_BITS,
     LAYOUT_VERSION,
     MAGIC,
     MAPPED,
@@ -137,6 +141,14 @@ class Mapping:
         if not 0 <= address < self.size:
             return None
         return self.page(address >> PAGE_SHIFT)
+
+    def has_heap(self, heap_id: int) -> bool:
+        """Whether that heap is there; from its control block."""
+        index = heap_id & (1 << HEAP_INDEX_BITS) - 1
+        if index >= self.words[H_CONTROLS_READY]:
+            return False
+        control = self.shape.control_slot(index)
+        return bool(self.words[control + C_LIVE] & 1) and heap_id == self.words[control + C_HEAP_ID]
 
     def spans(self, first_page: int = 0, page_count: int | None = None) -> Iterator[tuple[int, int, PageInfo]]:
         """The maximal spans of pages with equal words, as (first page, page count, what they are), in order.

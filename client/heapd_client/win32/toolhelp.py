@@ -7,11 +7,14 @@ another process stay its own. A heap's id is its handle.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from ctypes import Structure, sizeof
 from itertools import count
 from typing import Any, Final, TypeVar
 
+from heapd.errors import HeapDestroyedError, NoSuchHeapError
 from heapd.records import HeapInfo
 
 from .arguments import address, dword, instance_of
@@ -155,6 +158,16 @@ def _fill_list(entry: HEAPLIST32, found: list[tuple[int, int, int]], at: int) ->
 
 
 # -- which blocks ----------------------------------------------------------------------------------------------------
+class _Look(threading.local):
+    """The heap whose blocks the calling thread was told of last: asking for it anew would be a request a block."""
+
+    place: tuple[int, int] = (0, 0)  # process id, handle
+    info: HeapInfo | None = None
+
+
+_last: Final = _Look()
+
+
 @fails_with(False)
 def Heap32First(lphe: Any, th32ProcessID: int, th32HeapID: int) -> bool:
     """The first block of a heap of a process, busy or free. False: ERROR_NO_MORE_FILES if there is none, or no such
@@ -166,8 +179,11 @@ def Heap32First(lphe: Any, th32ProcessID: int, th32HeapID: int) -> bool:
         raise Failure(ERROR_NO_MORE_FILES, f"process {pid} has no heap {handle:#x}")
     if pid == os.getpid():
         owner.find(handle).heap.trim()
-    element = _walks.start(info.heap_id, owner.session.arena, lambda: _elements(owner, info))
-    return _fill_entry(entry, _block(owner, info, element), pid, handle, 0)
+    with suppress(NoSuchHeapError, HeapDestroyedError):
+        element = _walks.start(info.heap_id, owner.session.arena, lambda: _elements(owner, info))
+        _last.place, _last.info = (pid, handle), info
+        return _fill_entry(entry, _block(owner, info, element), pid, handle, 0)
+    raise Failure(ERROR_NO_MORE_FILES, "the heap is gone")
 
 
 @fails_with(False)
@@ -175,11 +191,15 @@ def Heap32Next(lphe: Any) -> bool:
     """The block after the one that the structure holds. False: ERROR_NO_MORE_FILES at the end, ERROR_INVALID_DATA if
     the heap has gone meanwhile."""
     entry, owner = _checked(instance_of(lphe, HEAPENTRY32)), process()
-    info = _find_heap(owner, entry.th32ProcessID, entry.th32HeapID)
-    if info is None:
-        raise Failure(ERROR_INVALID_DATA, "the heap is gone")
-    element = _go_on(owner, info, (entry.dwAddress, False))
-    return _fill_entry(entry, _block(owner, info, element), entry.th32ProcessID, entry.th32HeapID, entry.dwResvd + 1)
+    pid, handle = entry.th32ProcessID, entry.th32HeapID
+    info = _last.info
+    if info is None or _last.place != (pid, handle) or not owner.session.arena.has_heap(info.heap_id):
+        info = _find_heap(owner, pid, handle)
+    if info is not None:
+        with suppress(NoSuchHeapError, HeapDestroyedError):
+            element = _go_on(owner, info, (entry.dwAddress, False))
+            return _fill_entry(entry, _block(owner, info, element), pid, handle, entry.dwResvd + 1)
+    raise Failure(ERROR_INVALID_DATA, "the heap is gone")
 
 
 def _find_heap(owner: Process, pid: int, handle: int) -> HeapInfo | None:
