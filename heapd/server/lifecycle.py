@@ -60,7 +60,7 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
     endpoint = config.endpoint
     prepare_directory(config)
     with contextlib.ExitStack() as stack:
-        lock = DaemonLock.acquire(endpoint) if link is None else link.lock
+        lock = DaemonLock.acquire(endpoint, config.gid) if link is None else link.lock
         stack.callback(lock.release)
         limit = raise_descriptor_limit()
         claim = claim_segment(endpoint, config.reserve)

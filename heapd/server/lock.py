@@ -25,8 +25,10 @@ class DaemonLock:
         self._owner = os.getpid()
 
     @classmethod
-    def acquire(cls, endpoint: Endpoint) -> DaemonLock:
+    def acquire(cls, endpoint: Endpoint, gid: int | None = None) -> DaemonLock:
         """Take the lock and write this process's id and start time into the file.
+
+        Args:   gid (the group that the daemon is open to: its members may read there whether to wait for a restart).
 
         Raises: DaemonRunningError, naming the process that serves the endpoint; SegmentError if the file cannot be
                 made.
@@ -47,6 +49,9 @@ class DaemonLock:
                 break
             os.close(descriptor)  # its holder removed it while we waited for nothing: take the new one
         lock = cls(descriptor, path)
+        if gid is not None:
+            os.fchown(descriptor, -1, gid)
+        os.fchmod(descriptor, 0o600 if gid is None else 0o640)
         lock.take_over()
         return lock
 

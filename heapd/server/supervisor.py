@@ -58,7 +58,7 @@ def supervise(config: Config) -> None:
         serve(config)
         return
     prepare_directory(config)
-    lock = DaemonLock.acquire(config.endpoint)
+    lock = DaemonLock.acquire(config.endpoint, config.gid)
     try:
         Supervisor(config, lock).run()
     finally:

@@ -4,7 +4,8 @@
     directory       0700     0750      the group may enter it, but neither put anything in nor take anything out
     sockets         0600     0660
     arena           0600     0660
-    ledger, lock    0600     0600      the daemon's own; no client has business there
+    lock            0600     0640      says who serves, so that clients know whether to wait for a restart
+    ledger          0600     0600      the daemon's own; no client has business there
 
 The directory says which: a client trusts a daemon of another user only if that user's directory is open to a group of
 the client's, and nobody else can have put the socket there.

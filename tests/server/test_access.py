@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import heapd_client as hc
 from heapd.cli import main
 from heapd.errors import AccessError
 from tests.conftest import StartDaemon
-from tests.harness import SEGMENTS, Daemon, unique_name
+from tests.harness import SEGMENTS, Daemon, is_alive, unique_name, wait_until
 from tests.server.raw import status
 from tests.server.strangers import GROUP, NOBODY, needs_root, run_as
 
@@ -134,13 +135,13 @@ def test_a_group_that_is_none_is_a_usage_error(runtime_dir: Path, group: str) ->
 # -- opened to a group ---------------------------------------------------------------------------------------------
 @needs_root
 def test_a_group_gets_in_and_no_further(group_daemon: Daemon) -> None:
-    """The directory 0750, sockets and arena 0660, all of that group; the lock file and the ledger stay 0600."""
+    """The directory 0750, sockets and arena 0660, the lock file 0640, all of that group; the ledger stays 0600."""
     directory = group_daemon.directory
     assert (mode_of(directory), directory.stat().st_gid) == (0o750, GROUP)
     for which in ("control", "work"):
         path = directory / f"{group_daemon.name}.{which}"
         assert (mode_of(path), path.stat().st_gid) == (0o660, GROUP)
-    assert mode_of(directory / f"{group_daemon.name}.lock") == 0o600
+    assert mode_of(directory / f"{group_daemon.name}.lock") == 0o640
     arena = status(group_daemon.endpoint)["segment"]
     for name in group_daemon.segments():
         assert mode_of(SEGMENTS / name) == (0o660 if name == arena else 0o600)
@@ -160,6 +161,27 @@ def test_a_member_shares_heaps_with_the_daemons_user(group_daemon: Daemon, is_pr
         assert bytes(block.view[:5]) == b"HELLO"
         assert bytes(heap.lookup("answer").view[:2]) == b"ok"
         assert heap.validate() == []
+
+
+@needs_root
+def test_a_member_waits_for_a_daemon_that_is_started_again(group_daemon: Daemon) -> None:
+    """While its server is gone and its supervisor lives, as the daemon's own user does."""
+    body = """
+    import time
+    started = time.monotonic()
+    attempt(lambda: hc.connect(sys.argv[1], autostart=False, timeout=0.5))
+    print(time.monotonic() - started >= 0.5)
+    """
+    server = group_daemon.pid
+    group_daemon.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, group_daemon.process.pid, os.WSTOPPED)
+    os.kill(server, signal.SIGKILL)
+    try:
+        wait_until(lambda: not is_alive(server))
+        assert run_as(NOBODY, body, group_daemon.endpoint, groups=[GROUP])[-1] == "True"
+    finally:
+        group_daemon.process.send_signal(signal.SIGCONT)
+    group_daemon.status()
 
 
 @needs_root
