@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from heapd.cli import main
 from heapd.service.exposition import _COUNTERS, _GAUGES
+from heapd.wire import Access
 
 DOCS = Path(__file__).parent.parent / "docs"
 MONITORING = (DOCS / "monitoring.md").read_text()
@@ -31,6 +32,17 @@ def test_no_other_metric_is_documented() -> None:
     known = {name for name, _ in _GAUGES.values()} | {f"{name}_total" for name, _ in _COUNTERS.values()}
     known |= {"heapd_info", "heapd_request_duration_seconds", "heapd_request_duration_seconds_bucket"}
     assert set(re.findall(r"\bheapd_\w+", MONITORING)) <= known
+
+
+# -- security ------------------------------------------------------------------------------------------------------
+def test_the_threat_model_names_the_permissions_that_are_set() -> None:
+    """Sockets and arena, for a user alone and for a group; the other tests compare files with the same figures."""
+    rows = [line.split("|") for line in (DOCS / "security.md").read_text().splitlines() if line.startswith("| ")]
+    cells = {row[1].strip(): [cell.strip().partition(":")[0] for cell in row[2:4]] for row in rows}
+    modes = [f"{Access(0).file_mode:04o}", f"{Access(0, 1).file_mode:04o}"]
+    assert cells["`NAME.control`, `NAME.work` (sockets)"] == modes
+    assert cells["arena, `/dev/shm/heapd-NAME...`"] == modes
+    assert cells["runtime directory"] == ["0700", "0750"]
 
 
 # -- the unit ------------------------------------------------------------------------------------------------------

@@ -224,7 +224,9 @@ def _leftover(kind: str, parts: tuple[str, ...], what: str, *, is_restorable: bo
     if any(_is_in_use(path) for path in paths):
         pids = _users_of(paths)
         who = (
-            f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}" if pids else "another user's process"
+            f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids))}"
+            if pids
+            else "a process of another user or container"
         )
         wanted = f"{who} {'have' if len(pids) > 1 else 'has'} it mapped"
     elif is_restorable and (count := _count_persistent(paths[0])):
