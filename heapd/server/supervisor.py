@@ -115,8 +115,12 @@ class Supervisor:
                         discard(self._config.endpoint)
                         return
         finally:
-            for end in self._wakeup:
-                end.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let go of what it waits with."""
+        for end in self._wakeup:
+            end.close()
 
     # -- one server --------------------------------------------------------------------------------------------------
     def _live(self) -> Life:
@@ -161,8 +165,7 @@ class Supervisor:
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)  # until there is a loop to stop; the supervisor tidies up then
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            for end in self._wakeup:
-                end.close()
+            self.close()
             if self._config.ready_fd is not None and not self._was_ready:
                 os.close(self._config.ready_fd)  # the supervisor says it; whoever reads waits for its end
             serve(self._config, link)

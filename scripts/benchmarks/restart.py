@@ -65,6 +65,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kills", type=int, default=50, help="kills with few blocks, and a tenth of it with many")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="live blocks")
+    parser.add_argument("--age", type=float, default=1.0, help="seconds that a server lives at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="fewer of everything: to see that it works")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if a bar is missed")
@@ -78,10 +79,10 @@ def main() -> int:
         hc.connect(endpoint, autostart=False, timeout=60) as session,
     ):
         heap = session.create_heap(serialize=False)
-        few = [_gap(session, 1 + delays.random()) for _ in range(kills)]
+        few = [_gap(session, options.age + delays.random()) for _ in range(kills)]
         pairs = _pairs_without_server(session, heap)
         _fill(heap, blocks)
-        many = [_gap(session, 1 + delays.random()) for _ in range(max(kills // 10, 1))]
+        many = [_gap(session, options.age + delays.random()) for _ in range(max(kills // 10, 1))]
     bench.raw["gaps, s"], bench.raw[f"gaps with {blocks} blocks, s"] = few, many
     ordered = sorted(few)
     bench.add("gap, median", ordered[len(ordered) // 2] * 1e3, "ms", at_most=300)

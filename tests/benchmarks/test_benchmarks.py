@@ -114,7 +114,7 @@ def test_the_ledger_is_compared_with_none(tmp_path: Path) -> None:
 
 def test_restart_measures_the_gap_with_few_blocks_and_with_many(tmp_path: Path) -> None:
     """`restart` kills the server under requests, and counts what a client allocates meanwhile."""
-    figures = check(run("restart", tmp_path, "--kills", "1", "--blocks", "5000"), tmp_path)
+    figures = check(run("restart", tmp_path, "--kills", "1", "--age", "0", "--blocks", "5000"), tmp_path)
     assert 0 < figures["gap, median"] <= figures["gap, longest"]
     assert figures["gap with 5,000 live blocks, longest"] > 0
     assert figures["alloc + free while there was no server"] >= 1000

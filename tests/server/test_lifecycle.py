@@ -99,13 +99,14 @@ def test_a_kill_leaves_the_segment_and_nothing_that_would_remove_it(start_daemon
 
 def test_a_start_goes_on_where_a_kill_left_off(start_daemon: StartDaemon) -> None:
     """Stale sockets, a stale lock file with a dead pid, an arena without a daemon: none needs a manual step."""
-    first = start_daemon(name="again")
+    name = unique_name()
+    first = start_daemon(name=name)
     segment = status(first.endpoint)["segment"]
     with RawSession(first.endpoint) as session:
         session.create_heap("kept", F_SERIALIZE | F_PERSISTENT)
     first.kill()
-    assert files_of(first) == ["again.control", "again.lock", "again.work"]
-    second = start_daemon(name="again")
+    assert files_of(first) == [f"{name}.control", f"{name}.lock", f"{name}.work"]
+    second = start_daemon(name=name)
     answer = status(second.endpoint)
     assert (answer["segment"], answer["incarnation"], answer["sessions"]) == (segment, 2, 1)
     assert re.search(r"WARNING .* going on with the arena .*: start 2, 1 heaps, 1 sessions", second.log)

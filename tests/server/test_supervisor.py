@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 
 import heapd_client as hc
 from heapd.layout import H_MAGIC, H_PAGE_COUNT, H_STATE, H_VERSION, LAYOUT_VERSION, MAGIC, RUNNING, STOPPED, WORD
+from heapd.server import Config, supervisor
+from heapd.server.lock import DaemonLock
+from heapd.server.supervisor import Life, Supervisor
 from heapd.units import PAGE_SHIFT
+from heapd.wire import Endpoint
 from tests.conftest import StartDaemon
-from tests.harness import SEGMENTS, Daemon, children_of, is_alive, wait_until
+from tests.harness import SEGMENTS, Daemon, children_of, is_alive, unique_name, wait_until
 
 
 def is_dead(pid: int) -> bool:
@@ -67,17 +72,28 @@ def test_a_server_that_will_not_live_is_given_up(start_daemon: StartDaemon) -> N
     daemon.process.returncode = -signal.SIGKILL  # its end was checked here
 
 
-def test_the_pauses_before_restarts_grow_while_servers_die_young(start_daemon: StartDaemon) -> None:
-    """Not before the first; each is told by the log's times."""
-    daemon = start_daemon()
-    pid = daemon.pid
-    gaps = []
-    for _ in range(4):
-        killed = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        pid = wait_for_another(daemon, pid)
-        gaps.append(time.monotonic() - killed)
-    assert gaps[3] > 0.2  # 50 ms before the second, 100 before the third, 200 before the fourth
+def test_the_pauses_before_restarts_grow_while_servers_die_young(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not before the first; up to 0.4 s; and not after one that has lived for a second."""
+    pauses: list[float] = []
+
+    def note(sources: list[object], timeout_s: float) -> list[object]:
+        pauses.append(timeout_s)
+        return []
+
+    monkeypatch.setattr(supervisor, "wait", note)
+    config = Config(endpoint=Endpoint(str(tmp_path), "x"), restarts=100)
+    watcher = Supervisor(config, DaemonLock.acquire(config.endpoint))
+    for lived_s in (0.1, 0.1, 0.1, 0.9, None, 0.5, 1.5, 0.1):
+        ready_at = None if lived_s is None else time.monotonic() - lived_s
+        ours, theirs = Pipe(duplex=False)
+        watcher._count_death(Life(1, -1, ours, status=9, ready_at=ready_at))
+        watcher._pause()
+        ours.close()
+        theirs.close()
+    watcher.close()
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.4]
 
 
 def test_without_restarts_there_is_no_supervisor(start_daemon: StartDaemon) -> None:
@@ -158,6 +174,12 @@ def status_files(daemon: Daemon) -> list[str]:
 
 
 # -- what an earlier daemon left -----------------------------------------------------------------------------------
+@pytest.fixture
+def name() -> str:
+    """For two daemons one after the other: somebody else may be looking for what killed ones left."""
+    return unique_name()
+
+
 def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
     """Kill the daemon, and change its segment: its size in bytes, words of its header by name."""
     daemon.status()
@@ -173,16 +195,16 @@ def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
     return path
 
 
-def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon) -> None:
+def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon, name: str) -> None:
     """Server and supervisor were killed; a start by hand finds heaps, names and bytes as they were."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
         heap = session.create_heap("work")
         block = heap.alloc(1000)
         block.view[:4] = b"kept"
         heap.publish("it", block)
         first.kill()
-        second = start_daemon(name="left")
+        second = start_daemon(name=name)
         assert (session.incarnation, session.daemon_pid) == (2, second.pid)
         assert bytes(heap.lookup("it").view[:4]) == b"kept"
         block.free()
@@ -191,29 +213,29 @@ def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon) -
             assert other.open_heap("work").statistics().busy_blocks == 0
 
 
-def test_a_ledger_without_an_arena_is_removed(start_daemon: StartDaemon) -> None:
+def test_a_ledger_without_an_arena_is_removed(start_daemon: StartDaemon, name: str) -> None:
     """A daemon that stops removes the arena first; killed before it removes the ledger, it leaves that."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     path = leave(first)
     path.unlink()
-    second = start_daemon(name="left")
+    second = start_daemon(name=name)
     assert second.status()["incarnation"] == 1
     assert len(second.segments()) == 2
 
 
-def test_an_arena_without_a_ledger_is_removed(start_daemon: StartDaemon) -> None:
+def test_an_arena_without_a_ledger_is_removed(start_daemon: StartDaemon, name: str) -> None:
     """A daemon that starts makes the arena first; killed before it has made the ledger, it leaves that."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     leave(first)
     (SEGMENTS / first.segments()[1]).unlink()
-    second = start_daemon(name="left")
+    second = start_daemon(name=name)
     assert "which was never finished: it has no ledger" in second.log
     assert second.status()["incarnation"] == 1
 
 
-def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
     """Something else than a kill has been there: one line says what, and both segments stay."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     with hc.connect(first.endpoint, autostart=False) as session:
         session.create_heap("work", persistent=True)
     leave(first)
@@ -239,20 +261,22 @@ def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon)
     ],
     ids=["empty", "short", "unfinished", "truncated", "miscounted", "stopped"],
 )
-def test_a_segment_that_is_not_whole_is_replaced(start_daemon: StartDaemon, damage: dict[str, int], said: str) -> None:
+def test_a_segment_that_is_not_whole_is_replaced(
+    start_daemon: StartDaemon, name: str, damage: dict[str, int], said: str
+) -> None:
     """The log says which and why; the next daemon answers at once, on a new arena."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     path = leave(first, **damage)
     inode = path.stat().st_ino
-    second = start_daemon(name="left")
+    second = start_daemon(name=name)
     assert re.search(f"removing the shared memory segment {path.name}, which {said}", second.log)
     assert path.stat().st_ino != inode
     assert second.status()["incarnation"] == 1
 
 
-def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
     """Another heapd may want it: one line says what it is and the two things to do about it."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     path = leave(first, version=LAYOUT_VERSION + 1)
     refused = serve(first.endpoint)
     assert refused.returncode == 1
@@ -264,9 +288,9 @@ def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: St
     assert path.exists()
 
 
-def test_an_arena_of_another_size_is_neither_used_nor_removed(start_daemon: StartDaemon) -> None:
+def test_an_arena_of_another_size_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
     """What was in it would be lost to a mistyped option; without the option it is used as it is."""
-    first = start_daemon(name="left")
+    first = start_daemon(name=name)
     path = leave(first)
     refused = serve(first.endpoint, "--reserve", "2GiB")
     assert refused.returncode == 1
