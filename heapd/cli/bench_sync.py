@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from heapd.cli.exit_codes import OK
-from heapd.cli.params import ENDPOINT, Seconds, json_option
+from heapd.cli.params import ENDPOINT, OUTPUT_FILE, Seconds, json_option
 from heapd.cli.tables import console, make_table, print_json
 from heapd.wire import Endpoint
 from heapd.workloads import WorkloadError
@@ -56,9 +56,9 @@ def _holds(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, 
 @click.option("--seconds", type=Seconds(0.01, 60), default=0.3, show_default=True, help="Each measurement.")
 @click.option("--runs", type=click.IntRange(1, 100), default=3, show_default=True, help="The median one is shown.")
 @click.option("--holds", default="0,10,100", show_default=True, callback=_holds, help="Microseconds the lock is held.")
-@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Write the figure there.")
-@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Write the figure there.")
-@click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the JSON there, too.")
+@click.option("--svg", type=OUTPUT_FILE, help="Write the figure there.")
+@click.option("--png", type=OUTPUT_FILE, help="Write the figure there.")
+@click.option("--save", type=OUTPUT_FILE, help="Write the JSON there, too.")
 @click.option("--endpoint", "-e", type=ENDPOINT, help="A running daemon.  [default: one of its own]")
 @json_option
 def sync(
@@ -78,7 +78,7 @@ def sync(
     shared heap without serialization, and on a heap each. Last, each pair is done with the shared heap's lock held
     for some microseconds.
     """
-    figures = [path for path in (svg, png) if path]
+    figures = {kind: path for kind, path in (("svg", svg), ("png", png)) if path}
     if figures:
         from heapd.workloads.sync_figure import check_matplotlib
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,7 +14,18 @@ from heapd.errors import InvalidArgumentError
 from heapd.units import format_size, parse_size
 from heapd.wire import Endpoint
 
-__all__ = ["ENDPOINT", "SIZE", "EndpointType", "Seconds", "SizeType", "endpoint_option", "json_option", "one_endpoint"]
+__all__ = [
+    "ENDPOINT",
+    "OUTPUT_FILE",
+    "SIZE",
+    "EndpointType",
+    "OutputFile",
+    "Seconds",
+    "SizeType",
+    "endpoint_option",
+    "json_option",
+    "one_endpoint",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -72,8 +85,23 @@ class Seconds(click.FloatRange):
         return seconds
 
 
+class OutputFile(click.Path):
+    """A file to be written after long work; that its folder takes one is found out before. The value is a Path."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            what = "may not be written to" if path.parent.is_dir() else "does not exist"
+            self.fail(f"the folder {str(path.parent)!r} {what}", param, ctx)
+        return path
+
+
 SIZE = SizeType()
 ENDPOINT = EndpointType()
+OUTPUT_FILE = OutputFile()
 
 
 def endpoint_option(command: Command) -> Command:

@@ -35,8 +35,8 @@ def check_matplotlib() -> None:
         raise MissingExtraError("matplotlib is not installed; install it with: pip install 'heapd[plot]'") from None
 
 
-def draw(cells: list[Cell], conditions: dict[str, str], paths: list[Path]) -> None:
-    """Draw the measurements into files, each in the format of its suffix.
+def draw(cells: list[Cell], conditions: dict[str, str], paths: dict[str, Path]) -> None:
+    """Draw the measurements into files, by format: "svg" or "png".
 
     Raises: MissingExtraError without matplotlib; OSError.
     """
@@ -63,8 +63,8 @@ def draw(cells: list[Cell], conditions: dict[str, str], paths: list[Path]) -> No
             _mark_cpus(chart, cpus)
         figure.suptitle("What serialization costs: alloc + free of 64 bytes", fontsize=16)
         figure.supxlabel(_conditions_text(conditions, cpus), fontsize=8.5, color="0.35")
-        for path in paths:
-            figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        for kind, path in paths.items():
+            figure.savefig(path, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _conditions_text(conditions: dict[str, str], cpus: int) -> str:

@@ -80,7 +80,7 @@ def test_the_table_says_what_it_was_measured_on(heapd: Heapd, monkeypatch: pytes
 def test_figures_are_written_in_both_formats(heapd: Heapd, tmp_path: Path) -> None:
     """--svg and --png write the figure, --save the JSON."""
     pytest.importorskip("matplotlib")
-    svg, png, save = tmp_path / "figure.svg", tmp_path / "figure.png", tmp_path / "figures.json"
+    svg, png, save = tmp_path / "figure.svg", tmp_path / "figure of any name", tmp_path / "figures.json"
     heapd(*SMALL, "--svg", svg, "--png", png, "--save", save)
     assert "<svg" in svg.read_text()
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -95,7 +95,7 @@ def test_every_axis_of_the_figure_is_labelled(monkeypatch: pytest.MonkeyPatch, t
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **more: (drawn.append(self), save(self, *rest, **more)))
-    draw(made_up_cells(), conditions("made up") | {"runs": "none"}, [tmp_path / "figure.png"])
+    draw(made_up_cells(), conditions("made up") | {"runs": "none"}, {"png": tmp_path / "figure.png"})
     (figure,) = drawn
     assert len(figure.axes) == 6
     for chart in figure.axes:
@@ -111,7 +111,7 @@ def test_a_figure_of_one_number_of_processes_can_be_drawn(tmp_path: Path) -> Non
     """One point a line, no critical section, nothing contended: no warning, and a chart that says that it is empty."""
     pytest.importorskip("matplotlib")
     cells = [cell for cell in made_up_cells() if cell.workers == 1 and cell.hold_us is None]
-    draw(cells, conditions("made up") | {"runs": "none"}, [tmp_path / "figure.svg"])
+    draw(cells, conditions("made up") | {"runs": "none"}, {"svg": tmp_path / "figure.svg"})
     assert "not measured" in (tmp_path / "figure.svg").read_text()
 
 
@@ -147,6 +147,13 @@ def test_without_matplotlib_the_error_says_what_to_install(
     answer = heapd(*SMALL, "--svg", tmp_path / "figure.svg", status=1)
     assert "pip install 'heapd[plot]'" in answer.err
     assert not (tmp_path / "figure.svg").exists()
+
+
+@pytest.mark.parametrize("option", ["--svg", "--png", "--save"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(heapd: Heapd, option: str) -> None:
+    """With the folder's name, as a mistake on the command line."""
+    answer = heapd("bench", "sync", "--seconds", "60", option, "/no/such/folder/file", status=2)
+    assert "'/no/such/folder' does not exist" in " ".join(answer.err.split())
 
 
 @pytest.mark.parametrize("wrong", ["0", "1,x", "", "1000"])
