@@ -89,8 +89,9 @@ def interrupts() -> Iterator[Callable[..., bool]]:
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
-def fork(work: Callable[[], None]) -> int:
-    """A forked process that does `work` and ends without any cleanup; its id. Exit status 0 if nothing was raised."""
+def fork(work: Callable[[], None], lifetime_s: int = 100) -> int:
+    """A forked process that does `work` and ends without any cleanup, after `lifetime_s` in any case; its id. Exit
+    status 0 if nothing was raised."""
     import sys
 
     pid = os.fork()
@@ -98,7 +99,7 @@ def fork(work: Callable[[], None]) -> int:
         return pid
     status = 1
     try:
-        signal.alarm(100)  # whatever happens to the test, it does not outlive it for long
+        signal.alarm(lifetime_s)  # whatever happens to the test, it does not outlive it for long
         work()
         status = 0
     except BaseException:

@@ -85,13 +85,17 @@ def outcome(scene: Scene, token: bytes, request: Request) -> Any:
     return type(answer), len(answer) if isinstance(answer, list) else None
 
 
-def die_everywhere(fate: Fate, operate: Callable[[Scene], Any], gone: set[int], *, step: int = 1) -> int:
-    """Die at each deed of an operation, or each `step`th, rise, and do it again; all must be as without a death.
+def die_everywhere(fate: Fate, operate: Callable[[Scene], Any], gone: set[int], most: int = 40) -> int:
+    """Die at each deed of an operation, or at about `most` of them, rise, and do it again; all must be as without a
+    death.
 
     Returns: the deaths.
     """
     with scene(fate) as it:
-        expected, told = operate(it), it.told()
+        before = fate.count
+        expected = operate(it)
+        step = max((fate.count - before) // most, 1)
+        told = it.told()
         it.check()
     for number in count(1, step):
         with scene(fate) as it:
@@ -111,15 +115,16 @@ def die_everywhere(fate: Fate, operate: Callable[[Scene], Any], gone: set[int], 
     raise AssertionError
 
 
+@pytest.mark.parametrize("most", [40, pytest.param(10**6, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", REQUESTS)
-def test_a_request_is_done_once_wherever_the_daemon_dies(fate: Fate, name: str) -> None:
+def test_a_request_is_done_once_wherever_the_daemon_dies(fate: Fate, name: str, most: int) -> None:
     """Nothing is lost and nothing is done twice, and the repeated request gets its answer."""
     make, gone = REQUESTS[name]
 
     def operate(it: Scene) -> Any:
         return outcome(it, *make(it))
 
-    assert die_everywhere(fate, operate, gone) >= 1
+    assert die_everywhere(fate, operate, gone, most) >= 1
 
 
 def test_a_session_that_ended_is_reaped_wherever_the_daemon_dies(fate: Fate) -> None:
@@ -132,31 +137,49 @@ def test_a_compaction_loses_nothing_wherever_the_daemon_dies(fate: Fate) -> None
     assert die_everywhere(fate, lambda it: it.it.compact(), set()) > 10
 
 
-def test_a_recovery_may_die_anywhere_itself(fate: Fate) -> None:
-    """And the next one finds what it would have found."""
-    free_one, _ = REQUESTS["free_many"]
+def die_again(fate: Fate, name: str, first: int, step: int = 1) -> int:
+    """Die at deed `first` of a request, and then in the recovery from it, at each `step`th deed. Returns: the deaths in
+    recoveries; 0 if the request has not so many deeds."""
+    make, gone = REQUESTS[name]
 
     def operate(it: Scene) -> Any:
-        return outcome(it, *free_one(it))
+        return outcome(it, *make(it))
 
     with scene(fate) as it:
         expected, told = operate(it), it.told()
-    for number in count(1):
+    for number in count(1, step):
         with scene(fate) as it:
-            fate.strike_at(3)
-            with pytest.raises(Death):
+            spare = {it.blocks[each][0].address for each in gone}
+            fate.strike_at(first)
+            try:
                 operate(it)
-            fate.strike_at(number)
+                return 0
+            except Death:
+                fate.strike_at(number)
             try:
                 it.it.rise()
+                return number // step
             except Death:
                 fate.spare()
-                it.it.rise()
-            else:
-                assert number > 10
-                return
+            it.it.rise()
             it.check()
-            assert operate(it) == expected
-            assert it.told() == told
+            assert operate(it) == expected, f"after deaths at deeds {first} and {number}"
+            assert it.told() == told, f"after deaths at deeds {first} and {number}"
             it.check()
-            it.check_bytes({it.blocks[each][0].address for each in (0, 3, 5, 6)})
+            it.check_bytes(spare)
+    raise AssertionError
+
+
+def test_a_recovery_may_die_anywhere_itself(fate: Fate) -> None:
+    """And the next one finds what it would have found."""
+    assert die_again(fate, "free_many", 3) > 10
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_recovery_may_die_anywhere_itself(fate: Fate, name: str) -> None:
+    """Whatever the first death left."""
+    for first in count(1, 3):
+        if not die_again(fate, name, first, step=5):
+            return

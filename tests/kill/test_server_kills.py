@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 _CLIENTS = 8
 _TIMEOUT_S = 120.0  # of a client's call: nothing here is to fail because the machine is slow
+_LIFETIME_S = 250  # of a client that nobody ends
 _POINTS = Path(__file__).parent / "points"
 _PASSES = 40  # a step may be passed so often before the server dies there; what is rare dies at once
 
@@ -40,7 +41,10 @@ class Crowd:
         self._endpoint = endpoint
         self._inboxes = [Post() for _ in range(_CLIENTS)]
         self._stop, self._stopped = os.pipe()
-        self._pids = [fork(lambda n=number: self._work(n, seed)) for number in range(_CLIENTS)]  # type: ignore[misc]
+        self._pids = [
+            fork(lambda n=number: self._work(n, seed), _LIFETIME_S)  # type: ignore[misc]
+            for number in range(_CLIENTS)
+        ]
 
     def __enter__(self) -> Crowd:
         return self
@@ -187,7 +191,7 @@ def kill_at_all(daemon: Daemon, point: Path, session: hc.Session, points: list[s
         killer = Killer(daemon, point, seed)
         reached = set()
         for at in points:
-            if killer.kill_at(at, 3.0):
+            if killer.kill_at(at, 5.0):
                 reached.add(at)
             if len(reached) % 4 == 0:
                 killer.kill()
@@ -196,12 +200,13 @@ def kill_at_all(daemon: Daemon, point: Path, session: hc.Session, points: list[s
     return reached, killer.deaths
 
 
+@pytest.mark.timeout(300)
 def test_the_server_may_be_killed_at_every_step(daemon: Daemon, point: Path, session: hc.Session) -> None:
-    """A third of the steps, chosen by the day of the year, and some random moments."""
-    third = time.localtime().tm_yday % 3
-    points = POINTS[third::3]
-    reached, deaths = kill_at_all(daemon, point, session, points, third)
-    assert len(reached) >= 0.8 * len(points), f"the server was never at {set(points) - reached}"
+    """A quarter of the steps, chosen by the day of the year, and some random moments."""
+    day = time.localtime().tm_yday
+    points = POINTS[day % 4 :: 4]
+    reached, deaths = kill_at_all(daemon, point, session, points, day)
+    assert len(reached) >= 0.7 * len(points), f"the server was never at {set(points) - reached}"
     assert deaths > len(points)
 
 

@@ -113,6 +113,8 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Fate:
     monkeypatch.setattr("heapd.manager.blocks.SLICE_BYTES", MIB)
     monkeypatch.setattr("heapd.heap.heap.SLICE_PAGES", 128)
     monkeypatch.setattr("heapd.arena.arena.SLICE_PAGES", 128)
+    monkeypatch.setattr("heapd.manager.ledger.volume._STEP", 1 << 16)
+    monkeypatch.setattr("heapd.manager.ledger.volume._AHEAD", 1 << 16)
     monkeypatch.setattr(Segment, "__init__", init)
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     mortal_method(Arena, "_remove")

@@ -13,6 +13,7 @@ from tests.arenas import finish, private_arena
 from tests.heap import test_model as heap_model
 from tests.invariants import check_manager
 from tests.manager import test_jobs as jobs
+from tests.manager import test_ledger_model as ledger_model
 from tests.manager import test_model as manager_model
 from tests.manager import test_scribble as scribbles
 from tests.manager.clients import Client
@@ -73,3 +74,10 @@ def test_scribbles_break_no_operation(batch: int) -> None:
             other.open("scribbled")
             client.alloc_many(heap, [16, 64, 64, 700, 5000, 8192, 8192, 70_000, 2 * MIB, 2 * MIB] * 3)
             scribbles.test_words_scribbled_at_random_break_no_operation(client, other, heap, seed)
+
+
+@every_batch
+def test_restarts_change_nothing(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a manager that dies between any two requests."""
+    for seed in seeds(batch):
+        ledger_model.test_a_restart_changes_nothing(seed, monkeypatch)

@@ -139,7 +139,7 @@ class Ledger(Journal):
             if self._has_next:
                 self._switch()
                 took = time.monotonic() - started
-                log.info("the ledger was compacted from %d to %d bytes in %.3f s", before, self._log.end, took)
+                log.debug("the ledger was compacted from %d to %d bytes in %.3f s", before, self._log.end, took)
             yield from self.volume.spare.wipe()
         finally:
             self._next = None
