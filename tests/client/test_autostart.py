@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def test_a_missing_daemon_is_started(endpoint: str) -> None:
         pid = session.daemon_pid
     with hc.connect(endpoint, autostart=False) as again:
         assert again.daemon_pid == pid
+
+
+def test_a_daemon_that_was_started_so_is_supervised(endpoint: str) -> None:
+    """Its server is started again when it dies, and its clients go on."""
+    with hc.connect(endpoint) as session:
+        heap = session.create_heap()
+        block = heap.alloc(100)
+        block.view[:4] = b"kept"
+        os.kill(session.daemon_pid, signal.SIGKILL)
+        assert heap.validate() == []
+        assert session.incarnation == 2
+        assert session.open(block.handle).view[:4] == b"kept"
 
 
 def test_a_daemon_is_started_with_its_directory(runtime_dir: Path) -> None:
