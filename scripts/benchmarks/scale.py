@@ -81,7 +81,9 @@ def _figures(bench: Benchmark, rates: dict[str, dict[int, list[float]]], counts:
 
 
 def _ratio(rates: dict[int, list[float]], count: int, base: int) -> float:
-    return median(many / few for many, few in zip(rates[count], rates[base], strict=True))
+    """Of the rounds' ratios the median; a round in which nobody was let in tells nothing."""
+    pairs = zip(rates[count], rates[base], strict=True)
+    return median([many / few for many, few in pairs if few] or [0.0])
 
 
 def main() -> int:
