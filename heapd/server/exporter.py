@@ -45,6 +45,8 @@ class Exporter:
         self._handed = threading.Condition()
         self._status: Mapping[str, Any] | None = None
         self._taken_at = 0.0
+        self._exposed: Mapping[str, Any] | None = None
+        self._text: bytes | None = None
         try:
             self._server = _Server((_HOST, port), _handler_for(self))
         except OSError as error:
@@ -84,7 +86,14 @@ class Exporter:
             self._status, self._taken_at = status, time.monotonic()
             self._handed.notify_all()
 
-    # -- the threads' side -------------------------------------------------------------------------------------------
+    # -- the thread's side -------------------------------------------------------------------------------------------
+    def text(self) -> bytes | None:
+        """What a scrape gets, made once for each status; None if there has been no status yet."""
+        status = self.status()
+        if status is not None and status is not self._exposed:
+            self._exposed, self._text = status, expose(status)
+        return self._text
+
     def status(self) -> Mapping[str, Any] | None:
         """A status at most a second old, the last one if the loop is busy, None if there has been none yet."""
         with self._handed:
@@ -112,11 +121,10 @@ def _handler_for(exporter: Exporter) -> type[BaseHTTPRequestHandler]:
             if self.path.partition("?")[0] not in ("/", "/metrics"):
                 self.send_error(404, explain="metrics are at /metrics")
                 return
-            status = exporter.status()
-            if status is None:
+            text = exporter.text()
+            if text is None:
                 self.send_error(503, explain="the daemon is busy")
                 return
-            text = expose(status)
             self.send_response(200)
             self.send_header("Content-Type", CONTENT_TYPE)
             self.send_header("Content-Length", str(len(text)))
