@@ -53,7 +53,7 @@ def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "memory",
         f"{format_size(values['committed'])} committed of at most {format_size(values['commit_limit'])}, "
-        f"{format_size(values['peak_committed'])} at the most so far",
+        f"{format_size(values['peak_committed'])} at the most so far; {format_size(values['ledger'])} of ledger",
     )
     yield (
         "arena",

@@ -508,6 +508,7 @@ class HeapManager:
             "committed": arena.budget.committed,
             "peak_committed": arena.budget.peak,
             "session_quota": self.limits.session_quota,
+            "ledger": 0 if self._ledger is None else self._ledger.volume.segment.allocated_bytes,
         }
 
     def shutdown(self) -> None:

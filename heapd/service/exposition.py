@@ -26,6 +26,7 @@ _GAUGES: Final = {
     "reserved": ("heapd_reserved_bytes", "Address space reserved by heaps."),
     "commit_limit": ("heapd_commit_limit_bytes", "Memory that the daemon may commit."),
     "committed": ("heapd_committed_bytes", "Memory committed, tables included."),
+    "ledger": ("heapd_ledger_bytes", "Memory of the daemon's own records; not part of what is committed."),
     "peak_committed": ("heapd_peak_committed_bytes", "The most memory that was committed at a time."),
 }
 _COUNTERS: Final = {
