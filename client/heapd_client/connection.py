@@ -39,7 +39,7 @@ from heapd.errors import (
 from heapd.wire import Reply, Request, decode_reply, encode_request
 from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
-from .control import SLICE_MS, Greeting, is_process_alive, open_socket
+from .control import SLICE_MS, Greeting, ProcessWatch, open_socket
 from .mapping import Mapping, Server
 
 __all__ = ["Connection"]
@@ -120,7 +120,9 @@ class Connection:
         self._opening = threading.Lock()  # a socket opened beside `close` would keep its context from ending
         _open.add(self)
         # A daemon in another pid namespace cannot be watched; then only deadlines tell.
-        self._can_watch = is_process_alive(*arena.server[1:])
+        self._server = arena.server
+        self._watch = ProcessWatch(*self._server[1:])
+        self._can_watch = self._watch.is_alive()
 
     def call(self, request: Request, wait_s: float = 0.0) -> Any:
         """The daemon's answer to `request`.
@@ -246,7 +248,13 @@ class Connection:
 
     def _is_served(self) -> bool:
         """Whether the process that the arena's header names lives, as far as this one can see."""
-        return not self._can_watch or is_process_alive(*self._arena.server[1:])
+        if not self._can_watch:
+            return True
+        server = self._arena.server
+        if server != self._server:
+            self._watch = ProcessWatch(*server[1:])
+            self._server = server
+        return self._watch.is_alive()
 
     def _lost(self, request: Request) -> DaemonLostError:
         pid = self._arena.server.pid

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 from contextlib import ExitStack, suppress
@@ -34,6 +35,7 @@ __all__ = [
     "await_daemon",
     "daemon_status",
     "is_answering",
+    "ProcessWatch",
     "is_process_alive",
     "not_found",
     "open_socket",
@@ -97,6 +99,29 @@ def is_process_alive(pid: int, start_time: int) -> bool:
     except OSError:
         return False
     return fields[0] not in (b"Z", b"X") and int(fields[19]) == start_time
+
+
+class ProcessWatch:
+    """Whether one process lives, asked often: a descriptor of it, so that no file is opened for each look, and none is
+    left open where a signal handler raises."""
+
+    def __init__(self, pid: int, start_time: int) -> None:
+        """As `is_process_alive`."""
+        self._fd = -1
+        with suppress(OSError):
+            self._fd = os.pidfd_open(pid)
+        self._is_right = self._fd >= 0 and is_process_alive(pid, start_time)
+
+    def is_alive(self) -> bool:
+        if not self._is_right:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return not poll.poll(0)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 def find_listener(path: str) -> int | None:
