@@ -86,15 +86,17 @@ class MortalView:
 
 
 @pytest.fixture
-def fate(monkeypatch: pytest.MonkeyPatch) -> Fate:
-    """Every segment that is mapped from now on is written by a mortal."""
+def fate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fate]:
+    """Every segment that is mapped from now on is written by a mortal; what the dead left open is closed at the end."""
     fate = Fate()
+    segments: list[Segment] = []
     real_init, real_fallocate = Segment.__init__, os.posix_fallocate
 
     def init(self: Any, *arguments: Any) -> None:
         real_init(self, *arguments)
         self.words = MortalView(self.words, fate)
         self.buffer = MortalView(self.buffer, fate)
+        segments.append(self)
 
     def fallocate(*arguments: int) -> None:
         fate.tick()
@@ -120,7 +122,9 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Fate:
     mortal_method(Arena, "_remove")
     mortal_method(Arena, "_remove_unrecorded")
     mortal_method(Log, "_remove")
-    return fate
+    yield fate
+    for segment in segments:
+        segment.close()
 
 
 class Undead:
