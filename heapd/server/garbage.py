@@ -6,7 +6,9 @@ while the job or its daemon lives.
 
 What nobody owns may still be *wanted*: by clients that go on with a dead daemon's arena and wait for the next one, or
 because the next one would bring persistent heaps back. Such an arena is listed and left alone, unless by force. Who has
-a segment open or mapped, of whatever user, the kernel knows: it grants a write lease on a file to its sole holder only.
+a segment mapped, of whatever user, the kernel knows: it grants a lease on a file only while nobody has it open or
+mapped for writing, as daemons and clients do. (A read lease: whoever only reads a header is not in its way, nor it in
+theirs.)
 """
 
 from __future__ import annotations
@@ -246,14 +248,17 @@ def _is_blank(name: str) -> bool:
 
 
 @contextmanager
-def _sole_holder(path: str) -> Iterator[bool]:
-    """Whether nobody has the file open or mapped; nobody can open it while inside. Raises: OSError if it is gone."""
+def _without_writers(path: str) -> Iterator[bool]:
+    """Whether nobody has the file open or mapped for writing; nobody can begin to while inside.
+
+    Raises: OSError if it is gone.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        # Somebody who opens the file waits for us, and we would be told by a signal: one that does nothing.
+        # Somebody who opens the file for writing waits for us, and we are told by a signal: one that does nothing.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         try:
-            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         except OSError:
             yield False
         else:
@@ -263,8 +268,8 @@ def _sole_holder(path: str) -> Iterator[bool]:
 
 
 def _is_in_use(path: str) -> bool:
-    with suppress(FileNotFoundError), _sole_holder(path) as is_sole:
-        return not is_sole
+    with suppress(FileNotFoundError), _without_writers(path) as is_free:
+        return not is_free
     return False
 
 
@@ -302,8 +307,8 @@ def _remove_segments(leftover: Leftover, force: bool) -> bool:
             return False
         mark_stopped(names[0])
     for path in reversed(leftover.files):  # the ledger first: an arena without one is of no use to anybody
-        with suppress(FileNotFoundError), _sole_holder(path) as is_sole:
-            if not is_sole and not force:
+        with suppress(FileNotFoundError), _without_writers(path) as is_free:
+            if not is_free and not force:
                 return False
             os.unlink(path)
     return True

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_a_segment_that_was_never_finished_goes(blank: Path) -> None:
     name = blank.name.removeprefix("heapd-")
     for size in (0, 1 << 20):
         os.truncate(blank, size)
-        with blank.open("rb"):
+        with blank.open("r+b"):
             [leftover] = find_leftovers([name])
             assert leftover.kind == "segment"
             assert leftover.wanted
@@ -320,3 +321,23 @@ def test_a_lock_is_asked_for_without_taking_it(tmp_path: Path) -> None:
         assert not DaemonLock.is_held(endpoint)
         fcntl.flock(file, fcntl.LOCK_EX)
         assert DaemonLock.is_held(endpoint)
+
+
+def test_looking_is_in_nobodys_way(blank: Path) -> None:
+    """A daemon that starts meanwhile finds its segments readable at every moment."""
+    blank.write_bytes(bytes(4096))
+    name = blank.name.removeprefix("heapd-")
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            find_leftovers([name])
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        for _ in range(20_000):
+            os.close(os.open(blank, os.O_RDONLY | os.O_NONBLOCK))
+    finally:
+        over.set()
+        looker.join()
