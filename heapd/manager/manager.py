@@ -8,7 +8,7 @@ nothing waits for a heap's mutex: the daemon is one thread, so its records need 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Self
 
 from heapd.arena import Arena
@@ -33,6 +33,7 @@ from heapd.layout import (
     F_SERIALIZE,
     F_TAIL_CHECK,
     HEAP_INDEX_BITS,
+    WORD,
 )
 from heapd.manager.blocks import BlockOperations
 from heapd.manager.directory import Directory, Job, Limits
@@ -43,7 +44,7 @@ from heapd.manager.naming import NameOperations
 from heapd.manager.quota import Quotas
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
-from heapd.records import as_tuple
+from heapd.records import Violation, as_tuple
 from heapd.units import KIB, MIB
 from heapd.wire import messages as m
 
@@ -461,9 +462,21 @@ class HeapManager:
         return self._validate_all(shared)
 
     def _validate_all(self, shared: SharedHeap) -> Job:
-        found = [*self.arena.violations(), *self._directory.controls.violations(shared.heap_id, shared.flags)]
+        found = [
+            *self.arena.violations(),
+            *self._session_words(),
+            *self._directory.controls.violations(shared.heap_id, shared.flags),
+        ]
         found += yield from validate_heap(shared.heap, self.sessions.is_known)
         return [as_tuple(violation) for violation in found]
+
+    def _session_words(self) -> Iterator[Violation]:
+        """What the arena says wrong of sessions that live."""
+        for session in self.sessions:
+            slot = self.arena.shape.session_slot(session.number)
+            if session.is_live and self.arena.words[slot] != session.word:
+                detail = f"the session's word is {self.arena.words[slot]:#x}, and was written as {session.word:#x}"
+                yield Violation("session-word", slot * WORD, session.number, detail)
 
     def _compact(self, session: Session, request: m.HeapCompact) -> Job:
         shared = self._directory.locate(session, request.heap)

@@ -72,7 +72,10 @@ class Session:
 
 
 class Sessions:
-    """All sessions. A number is used again only when no block names the session that had it, and oldest first."""
+    """All sessions. A number is used again only when no block names the session that had it, and oldest first.
+
+    Where no other is left, one that blocks do name: they count as the new session's then, as if it had allocated them.
+    """
 
     def __init__(self, limit: int, journal: Journal) -> None:
         self._journal = journal
@@ -92,6 +95,8 @@ class Sessions:
 
     def open(self, pid: int, uid: int, start_time: int, now_ns: int) -> Session:
         """Raises: LimitError if there are as many as may be."""
+        if not self._unused:
+            self._reuse_oldest()
         if len(self._by_number) >= self._limit or not self._unused:
             raise LimitError(
                 f"the daemon has {len(self._by_number)} sessions, its limit; close some", limit=self._limit
@@ -101,6 +106,16 @@ class Sessions:
         self._by_number[session.number] = session
         self._journal.note((SESSION, session.number, session.token, pid, uid, start_time, now_ns))
         return session
+
+    def _reuse_oldest(self) -> None:
+        """Give up the number of the session that ended first, whoever's its blocks will be taken for: programs that
+        leave a block each, and end, must not keep everybody out for good."""
+        for number, session in self._ended.items():
+            if not session.is_ending and not session.heaps:
+                del self._ended[number]
+                self._unused.append(number)
+                self._journal.note((RETIRED, number))
+                return
 
     def restore(self, sessions: Iterable[Session], last_number: int) -> None:
         """Take over the sessions of an earlier process. Their numbers went round: the longest unused comes next."""

@@ -299,6 +299,16 @@ def test_a_scribbled_mutex(session: hc.Session, heap: hc.Heap) -> None:
     assert again.validate() == []
 
 
+def test_a_scribbled_session_word(session: hc.Session, heap: hc.Heap) -> None:
+    """The session that it says is none."""
+    slot = session.arena.shape.session_slot(session.number)
+    before = session.arena.words[slot]
+    session.arena.words[slot] = 0
+    assert found(heap) == [("session-word", slot * 8, session.number)]
+    session.arena.words[slot] = before
+    assert found(heap) == []
+
+
 @pytest.mark.parametrize("field", [H_PAGE_COUNT, H_INSTANCE, H_COMMITTED])
 def test_a_scribbled_header(session: hc.Session, heap: hc.Heap, field: int) -> None:
     """The word of the header; every heap is told, since it is everybody's."""

@@ -108,6 +108,29 @@ def test_a_number_is_free_again_when_the_heap_of_its_orphans_is_gone(
     assert client.number in reuse_all_numbers(manager)
 
 
+def test_orphans_of_as_many_sessions_as_there_are_numbers_keep_nobody_out(
+    manager: HeapManager, client: Client, other: Client
+) -> None:
+    """The number that was given up longest ago is used again: its block counts as the new session's."""
+    heap = client.create("x")
+    other.open("x")
+    sessions = manager.sessions
+    sessions._unused = type(sessions._unused)(list(sessions._unused)[:3])  # all the others are taken
+    left = []
+    for _ in range(3):
+        leaver = Client(manager)
+        leaver.open("x")
+        left.append((leaver.number, leaver.alloc(heap, 100)))
+        leaver.end()
+    late = Client(manager)
+    assert late.number == left[0][0]
+    orphans = {entry.address for entry in other.walk(heap) if entry.orphaned}
+    assert orphans == {grant.address for _, grant in left[1:]}
+    late.open("x")
+    late.free(heap, left[0][1])
+    check_manager(manager)
+
+
 def test_ended_sessions_are_listed_while_blocks_of_theirs_are_left(
     client: Client, other: Client, new_client: NewClient
 ) -> None:
