@@ -72,7 +72,7 @@ def test_blocks_until_it_is_full(size: int) -> None:
         blocks, error = fill_up(heap, {size})
         assert error.bound == "memory" and error.requested >= {size}, error
         assert "/dev/shm" in str(error), error
-        assert len(blocks) * {size} >= 9 * MIB, len(blocks)
+        assert len(blocks) * {size} >= 6 * MIB, len(blocks)
         for number, block in enumerate(blocks):
             assert block.view == bytes([number % 251]) * {size}
         for block in theirs:
