@@ -9,15 +9,15 @@ from tests.cli.conftest import Heapd
 
 @pytest.mark.usefixtures("runtime_dir")
 def test_a_short_storm_loses_nothing(heapd: Heapd) -> None:
-    """Clients and the server are killed under load; every block is accounted for, and nothing is left."""
-    answer = heapd("chaos", "--minutes", 0.1, "--clients", 3, "--seed", 5, "--json").json
+    """Clients and the server are killed under load, with this seed soon; every block is accounted for."""
+    answer = heapd("chaos", "--minutes", 0.05, "--clients", 3, "--seed", 17, "--json").json
     assert answer["faults"] == []
     assert answer["is_clean"] is True
     assert answer["client_kills"] > 0
     assert answer["server_kills"] == len(answer["recoveries_s"]) > 0
     assert answer["operations"] > 100
     assert answer["blocks_checked"] > 100
-    assert (answer["bytes_lost"], answer["pages_leaked"], answer["seed"]) == (0, 0, 5)
+    assert (answer["bytes_lost"], answer["pages_leaked"], answer["seed"]) == (0, 0, 17)
 
 
 @pytest.mark.usefixtures("runtime_dir")
