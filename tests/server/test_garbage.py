@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 import heapd_client as hc
 from heapd.layout import C_LIVE, F_PERSISTENT, F_SERIALIZE, H_STATE, STOPPED, WORD
-from heapd.server import Leftover, find_leftovers, remove_leftover
+from heapd.server import Leftover, find_leftovers, garbage, remove_leftover
 from heapd.server.lock import DaemonLock
 from heapd.wire import Endpoint, JobFolder
 from heapd.wire.messages import HeapOpen, SessionClose
@@ -323,21 +322,12 @@ def test_a_lock_is_asked_for_without_taking_it(tmp_path: Path) -> None:
         assert DaemonLock.is_held(endpoint)
 
 
-def test_looking_is_in_nobodys_way(blank: Path) -> None:
-    """A daemon that starts meanwhile finds its segments readable at every moment."""
+def test_looking_is_in_no_readers_way(blank: Path) -> None:
+    """A daemon that starts at that very moment finds its segments readable, and waits only to write to them."""
     blank.write_bytes(bytes(4096))
-    name = blank.name.removeprefix("heapd-")
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.is_set():
-            find_leftovers([name])
-
-    looker = threading.Thread(target=look)
-    looker.start()
-    try:
-        for _ in range(20_000):
-            os.close(os.open(blank, os.O_RDONLY | os.O_NONBLOCK))
-    finally:
-        over.set()
-        looker.join()
+    with garbage._without_writers(str(blank)) as is_free:
+        assert is_free
+        os.close(os.open(blank, os.O_RDONLY | os.O_NONBLOCK))
+        with pytest.raises(BlockingIOError):
+            os.open(blank, os.O_RDWR | os.O_NONBLOCK)
+    os.close(os.open(blank, os.O_RDWR | os.O_NONBLOCK))
