@@ -294,6 +294,7 @@ class HeapCore:
             status = mutex.trylock()
             if status:
                 mutex.settle(status, timeout)
+                self.check()  # it may have gone meanwhile, and the mutex be another heap's
             # Also where an alloc or a compact, here or elsewhere, was the first to take it from the dead holder.
             recoveries = words[self._control + C_RECOVERED]
             lock.recovered = recoveries != self._recoveries

@@ -180,6 +180,41 @@ def test_ctrl_c_gets_through_to_a_waiting_lock(heap: int) -> None:
     assert win32.HeapUnlock(heap)
 
 
+def test_waiting_for_the_lock_of_a_heap_that_is_destroyed_fails(heap: int) -> None:
+    """ERROR_INVALID_HANDLE, once the destroyer has let go; and the next heap's lock is not held by anybody."""
+    assert win32.HeapLock(heap)
+    waiting = Elsewhere(lambda: (win32.HeapLock(heap), win32.GetLastError()))
+    assert waiting.is_waiting()
+    assert win32.HeapDestroy(heap)
+    assert waiting.get() == (False, win32.ERROR_INVALID_HANDLE)
+    with new_heap() as next_:
+        assert Elsewhere(lambda: win32.HeapLock(next_) and win32.HeapUnlock(next_)).get()
+
+
+def test_detaching_under_other_threads_breaks_nothing(attached: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls fail or attach anew; none hangs, none raises anything but DaemonError."""
+    monkeypatch.setenv("HEAPD_ENDPOINT", attached)
+    is_over = threading.Event()
+
+    def work() -> int:
+        calls = 0
+        while not is_over.is_set():
+            heap = win32.HeapCreate(0, 0, 0)
+            block = win32.HeapAlloc(heap, 0, 100)
+            win32.HeapWalk(heap, win32.PROCESS_HEAP_ENTRY())
+            win32.HeapFree(heap, 0, block)
+            win32.HeapDestroy(heap)
+            calls += 1
+        return calls
+
+    threads = [Elsewhere(work) for _ in range(2)]
+    for _ in range(15):
+        time.sleep(0.02)
+        win32.detach()
+    is_over.set()
+    assert all(thread.get() > 3 for thread in threads)
+
+
 def test_an_interrupted_lock_is_not_held(attached: str) -> None:
     """HeapLock returns with the lock held, or raises without; at whatever instant a signal strikes."""
 

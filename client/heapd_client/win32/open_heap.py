@@ -142,8 +142,10 @@ class OpenHeap:
         self._locks[me] = self._locks.get(me, 0) + 1
         try:
             self.heap.lock()  # last: a signal handler may raise after anything else, and the lock would be held
-        except BaseException:
+        except BaseException as error:
             self._locks[me] -= 1
+            if isinstance(error, HeapdError):
+                raise failure_of(error) from None
             raise
 
     def unlock(self) -> None:
