@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
 
-from heapd.errors import HeapFullError, SegmentError
+from heapd.errors import HeapExistsError, HeapFullError, SegmentError
+from heapd.journal import BLOCK_SHIFT
 from heapd.layout import H_INCARNATION, H_MAGIC
 from heapd.manager import KEPT_REPLIES, HeapManager
 from heapd.manager.ledger import Ledger, Volume
+from heapd.manager.ledger.records import pack_bits, unpack_bits
 from heapd.records import Grant, HeapInfo
+from heapd.sizeclass import CLASSES
 from heapd.units import MIB
 from heapd.wire import messages as m
 from tests.arenas import finish
@@ -50,6 +54,37 @@ def ledger_of(manager: HeapManager) -> Ledger:
     ledger = manager.arena.journal
     assert isinstance(ledger, Ledger)
     return ledger
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+def test_every_block_has_a_number_of_its_own() -> None:
+    """A change that names a slab's block has room for the index of the largest slab's last."""
+    assert max(kind.block_count for kind in CLASSES) <= 1 << BLOCK_SHIFT
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 500, 8192])
+def test_what_is_lent_is_packed_in_bits(count: int) -> None:
+    """An eighth of a byte a block, whatever blocks they are."""
+    generator = random.Random(count)
+    flags = bytes(generator.randrange(2) for _ in range(count))
+    packed = pack_bits(flags)
+    assert len(packed) == count // 8 + 1
+    assert unpack_bits(packed) == flags
+
+
+def test_a_request_that_changes_nothing_writes_nothing(it: Mortal, client: Client) -> None:
+    """Looking costs no record, and neither does what is refused."""
+    heap = client.create("x")
+    client.alloc(heap, 100)
+    before = ledger_of(it.manager).sequence
+    client.walk(heap)
+    client.statistics(heap)
+    client.validate(heap)
+    with pytest.raises(HeapExistsError):
+        client.create("x")
+    assert ledger_of(it.manager).sequence == before
+    client.alloc(heap, 100)
+    assert ledger_of(it.manager).sequence == before + 1
 
 
 # -- what is remembered ------------------------------------------------------------------------------------------------

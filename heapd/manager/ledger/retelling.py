@@ -51,6 +51,9 @@ def retell(directory: Directory) -> Iterator[Telling]:
     arena = directory.arena
     for changes in _tell_pages(arena, 0, arena.shape.first_page):
         yield 0, 0, 0, b"", changes
+    epochs = directory.controls.epochs
+    for portion in _portions(range(len(epochs))):
+        yield 0, 0, 0, b"", [(EPOCH, index, epochs[index]) for index in portion]
     for session in list(directory.sessions):
         yield from _tell_session(directory, session)
     for shared in list(directory.heaps.values()):
@@ -104,6 +107,8 @@ def _tell_heap(arena: Arena, shared: SharedHeap) -> Iterator[list[Change]]:
     yield from _tell_regions(arena, shared)
     for parts in (_tell_slabs, _tell_runs, _tell_names):
         yield from parts(shared)
+    if not shared.is_destroyed:  # all its blocks are told: from now on whoever reads can count
+        yield [(COUNTS, shared.index, shared.heap.allocations, shared.heap.releases)]
 
 
 def _tell_regions(arena: Arena, shared: SharedHeap) -> Iterator[list[Change]]:
@@ -148,11 +153,8 @@ def _tell_names(shared: SharedHeap) -> Iterator[list[Change]]:
 
 
 def _tell_rest(directory: Directory) -> list[Change]:
-    """What is small, or counts on: told at one go, as the last."""
+    """What is small, told at one go, as the last."""
     changes: list[Change] = []
-    for shared in directory.heaps.values():
-        changes.append((COUNTS, shared.index, shared.heap.allocations, shared.heap.releases))
-    changes += [(EPOCH, index, epoch) for index, epoch in enumerate(directory.controls.epochs)]
     for unanswered in directory.unanswered.values():
         shared = unanswered.shared
         changes += [
