@@ -43,4 +43,5 @@ def _print(findings: list[Finding]) -> None:
     screen = console()
     screen.print(table)
     counts = {level: sum(finding.level == level for finding in findings) for level in _STYLES}
-    screen.print(f"{counts['problem']} problems, {counts['warning']} warnings, {counts['ok']} in order")
+    faults = [f"{counts[level]} {level}{'' if counts[level] == 1 else 's'}" for level in ("problem", "warning")]
+    screen.print(f"{', '.join(faults)}, {counts['ok']} in order")

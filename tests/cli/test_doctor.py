@@ -28,6 +28,7 @@ def test_problems_alone_make_it_fail(heapd: Heapd, monkeypatch: pytest.MonkeyPat
     """A warning is for people to read, a problem is for a script to stop at."""
     monkeypatch.setattr(doctor, "check_up", lambda: iter(FINDINGS[:count]))
     out = heapd("doctor", status=status).out
+    assert ("1 problem, 1 warning, 1 in order" in out) == (count == 3)
     for finding in FINDINGS[:count]:
         assert finding.found in out
         assert finding.advice in out
