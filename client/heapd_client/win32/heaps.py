@@ -89,7 +89,7 @@ def HeapCreate(flOptions: int, dwInitialSize: int, dwMaximumSize: int) -> int:
     except ExecuteError as error:
         warnings.warn(f"HeapCreate: {error}", RuntimeWarning, stacklevel=4)
         raise
-    return owner.adopt(heap).handle
+    return owner.make(heap).handle
 
 
 @fails_with(False)

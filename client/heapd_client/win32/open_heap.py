@@ -38,7 +38,6 @@ class OpenHeap:
         flags = heap.info.flags
         self.heap = heap
         self.handle = heap.info.base
-        heap.releases_large = True  # as Windows does
         self.blocks: dict[int, Block] = {}
         self._locks: dict[int, int] = {}  # by HeapLock, of each thread
         self.raises = bool(flags & F_GENERATE_EXCEPTIONS)

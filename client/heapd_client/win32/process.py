@@ -59,8 +59,13 @@ class Process:
         """The process heap, made at the first call."""
         found = self._default
         if found is None or not found.heap.is_live:
-            found = self._default = self.adopt(self.session.open_default_heap(self.reserve, self.commit))
+            found = self._default = self.make(self.session.open_default_heap(self.reserve, self.commit))
         return found
+
+    def make(self, heap: Heap) -> OpenHeap:
+        """Adopt a heap that a Win32 function made: its large blocks go back to the system as they are freed."""
+        heap.releases_large = True
+        return self.adopt(heap)
 
     def adopt(self, heap: Heap) -> OpenHeap:
         """The one OpenHeap for a heap of the session."""
