@@ -8,7 +8,7 @@ nothing waits for a heap's mutex: the daemon is one thread, so its records need 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final, Self
 
 from heapd.arena import Arena
@@ -21,7 +21,7 @@ from heapd.errors import (
     NoSuchHeapError,
     NotPermittedError,
 )
-from heapd.heap import NOBODY, Heap, collect_statistics, recount, validate_block, validate_heap, walk
+from heapd.heap import NOBODY, Heap, recount
 from heapd.journal import LEAVE, NO_HEAP, OWNERS
 from heapd.layout import (
     CACHED,
@@ -33,7 +33,6 @@ from heapd.layout import (
     F_SERIALIZE,
     F_TAIL_CHECK,
     HEAP_INDEX_BITS,
-    WORD,
 )
 from heapd.manager.blocks import BlockOperations
 from heapd.manager.directory import Directory, Job, Limits
@@ -44,7 +43,8 @@ from heapd.manager.naming import NameOperations
 from heapd.manager.quota import Quotas
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
-from heapd.records import Violation, as_tuple
+from heapd.manager.whole import WholeHeapOperations
+from heapd.records import as_tuple
 from heapd.units import KIB, MIB
 from heapd.wire import messages as m
 
@@ -90,7 +90,7 @@ class HeapManager:
         self._commit = _forget if self._ledger is None else self._ledger.commit
         self._quotas = Quotas(self.limits.session_quota)
         self._blocks = blocks = BlockOperations(self._directory, self._quotas)
-        names = NameOperations(self._directory)
+        names, whole = NameOperations(self._directory), WholeHeapOperations(self._directory)
         self._handlers: dict[type[m.Request], Callable[[Session, Any], Any]] = {
             m.SessionClose: lambda session, request: self.end_session(session),
             m.SessionList: self._list_sessions,
@@ -110,10 +110,10 @@ class HeapManager:
             m.HeapFreeMany: blocks.free_many,
             m.HeapLease: blocks.lease,
             m.HeapGiveBack: blocks.give_back,
-            m.HeapWalk: self._walk,
-            m.HeapValidate: self._validate,
-            m.HeapCompact: self._compact,
-            m.HeapStatisticsGet: self._heap_statistics,
+            m.HeapWalk: whole.walk,
+            m.HeapValidate: whole.validate,
+            m.HeapCompact: whole.compact,
+            m.HeapStatisticsGet: whole.statistics,
             m.NamePublish: names.publish,
             m.NameLookup: names.lookup,
             m.NameUnpublish: names.unpublish,
@@ -447,49 +447,6 @@ class HeapManager:
         if request.pid:  # within the page: who asks for more goes on after its largest id
             page.sort(key=lambda shared: not shared.is_default)
         return [self._directory.info(shared) for shared in page]
-
-    # -- looking -----------------------------------------------------------------------------------------------------
-    def _walk(self, session: Session, request: m.HeapWalk) -> list[Any]:
-        shared = self._directory.find(request.heap)
-        entries, cursor = walk(shared.heap, request.cursor, request.limit, self.sessions.is_live)
-        return [entries, cursor]
-
-    def _validate(self, session: Session, request: m.HeapValidate) -> list[tuple[Any, ...]] | Job:
-        shared = self._directory.find(request.heap)
-        if request.address:
-            found = validate_block(shared.heap, request.address, self.sessions.is_known)
-            return [as_tuple(violation) for violation in found]
-        return self._validate_all(shared)
-
-    def _validate_all(self, shared: SharedHeap) -> Job:
-        found = [
-            *self.arena.violations(),
-            *self._session_words(),
-            *self._directory.controls.violations(shared.heap_id, shared.flags),
-        ]
-        found += yield from validate_heap(shared.heap, self.sessions.is_known)
-        return [as_tuple(violation) for violation in found]
-
-    def _session_words(self) -> Iterator[Violation]:
-        """What the arena says wrong of sessions that live."""
-        for session in self.sessions:
-            slot = self.arena.shape.session_slot(session.number)
-            if session.is_live and self.arena.words[slot] != session.word:
-                detail = f"the session's word is {self.arena.words[slot]:#x}, and was written as {session.word:#x}"
-                yield Violation("session-word", slot * WORD, session.number, detail)
-
-    def _compact(self, session: Session, request: m.HeapCompact) -> Job:
-        shared = self._directory.locate(session, request.heap)
-        self._directory.controls.bump(shared.heap_id)
-        return shared.heap.compact()
-
-    def _heap_statistics(self, session: Session, request: m.HeapStatisticsGet) -> Job:
-        shared = self._directory.find(request.heap)
-        return self._collect(shared)
-
-    def _collect(self, shared: SharedHeap) -> Job:
-        statistics = yield from collect_statistics(shared.heap, self.sessions.is_live)
-        return as_tuple(statistics)
 
     # -- for the loop ------------------------------------------------------------------------------------------------
     def expire_waiters(self, now_ns: int) -> None:
