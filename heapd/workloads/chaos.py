@@ -211,8 +211,10 @@ class Storm(Calm):
 
 
 def _count_leaks(plan: Plan, outcome: ChaosOutcome) -> None:
-    """Pages of slabs and runs that hold nothing, and memory behind the arena that the daemon does not know of."""
-    outcome.pages_leaked = sum(heap.pages_in_use for heap in outcome.stress.heaps)
+    """Pages of heaps in which slabs or runs are left, and memory behind the arena that the daemon does not know of."""
+    outcome.pages_leaked = sum(
+        heap.statistics.committed // PAGE_SIZE for heap in outcome.stress.heaps if heap.pages_in_use
+    )
     with hc.connect(plan.endpoint, autostart=False) as session:
         deadline = time.monotonic() + _SETTLE_S  # what was released is decommitted in slices
         while True:
