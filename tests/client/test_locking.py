@@ -269,6 +269,22 @@ def test_the_child_of_a_holder_does_not_hold(heap: hc.Heap) -> None:
         assert depth(heap) == 1
 
 
+def test_a_call_can_spare_itself_the_mutex(heap: hc.Heap) -> None:
+    """Inside `unserialized` this thread's functions get through a lock that others wait for, and nobody else's."""
+    block = heap.alloc(100)
+    with held_elsewhere(heap):
+        with heap.unserialized():
+            with heap.unserialized():
+                heap.realloc(block, 120)
+            heap.free(block)
+            assert heap.alloc_slow(50, True, None).size == 50
+            assert heap.validate() == []
+        heap.session.timeout = 0.05
+        with pytest.raises(errors.LockTimeoutError):
+            heap.validate()
+    assert heap.statistics().busy_blocks == 1
+
+
 def test_a_lock_held_when_its_session_ends_can_do_no_harm(session: hc.Session) -> None:
     """The C library's list of what a thread holds leads through the mutexes: their arena stays mapped. In a child: the
     lock is held for good."""

@@ -84,6 +84,33 @@ def test_more_heaps_than_one_answer_holds_are_listed(session: hc.Session) -> Non
     assert len(found) == len(made)
 
 
+def test_a_heap_can_be_walked_without_opening_it(shared_daemon: Daemon, session: hc.Session) -> None:
+    """By its id, as its owner walks it; nothing is opened, and what never was is no heap."""
+    with hc.connect(shared_daemon.endpoint, autostart=False) as other:
+        heap = other.create_heap()
+        for _ in range(1_500):  # more than one answer holds
+            heap.alloc(100)
+        heap.trim()
+        assert list(session.walk(heap.id)) == list(heap.walk())
+        assert session.open_heaps == []
+        heap.destroy()
+        with pytest.raises(hc.HeapDestroyedError):
+            list(session.walk(heap.id))
+    with pytest.raises(errors.NoSuchHeapError):
+        list(session.walk(12_345 << 16))
+
+
+def test_the_default_heap_is_as_large_as_its_first_user_says(shared_daemon: Daemon) -> None:
+    """Reserve and commit count once; a commit beyond the reserve is refused, and then it can be had otherwise."""
+    with hc.connect(shared_daemon.endpoint, autostart=False) as session:
+        with pytest.raises(hc.InvalidArgumentError):
+            session.open_default_heap(1 << 20, 2 << 20)
+        heap = session.open_default_heap(4 << 20, 1 << 16)
+        assert (heap.statistics().reserved, heap.statistics().committed) == (4 << 20, 1 << 16)
+        assert session.open_default_heap(8 << 20) is heap is session.default_heap
+        assert session.open_heaps == [heap]
+
+
 def test_the_arena_adds_up(session: hc.Session) -> None:
     """size and committed are the sums of their parts."""
     session.create_heap().alloc(100_000)

@@ -13,13 +13,13 @@ the calling thread's last error. docs/win32.md tells how each rule is kept, and 
 """
 
 from . import constants, global_objects, heaps, information, local_objects, structures, toolhelp
+from .access import memory, pointer
 from .constants import *  # noqa: F403
 from .global_objects import *  # noqa: F403
 from .heaps import *  # noqa: F403
 from .information import *  # noqa: F403
 from .last_error import GetLastError, SetLastError, StructuredException
 from .local_objects import *  # noqa: F403
-from .memory import memory, pointer
 from .process import attach, detach
 from .structures import *  # noqa: F403
 from .toolhelp import *  # noqa: F403
