@@ -204,7 +204,8 @@ class Supervisor:
         if life.status == 0:
             return True
         if self._stop_signal is not None or life.is_stopping:
-            log.error("the server process %d was to stop and %s; removing what it left", life.pid, life.end)
+            level = logging.INFO if life.ready_at is None else logging.ERROR  # it may be stopped before it can tidy up
+            log.log(level, "the server process %d was to stop and %s; removing what it left", life.pid, life.end)
             discard(self._config.endpoint)
             return True
         if life.error is not None and (not self._was_ready or isinstance(life.error, SegmentError)):

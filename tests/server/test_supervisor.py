@@ -118,7 +118,7 @@ def test_a_client_that_comes_while_there_is_no_server_waits_for_it(start_daemon:
 
 # -- ends ----------------------------------------------------------------------------------------------------------
 def test_a_stop_between_two_servers_leaves_nothing(start_daemon: StartDaemon) -> None:
-    """There is no server to pass the signal on to: the supervisor tidies up, and clients see that it is over."""
+    """There is no server to pass the signal on to: the supervisor tidies up, and says in the arena that it is over."""
     daemon = start_daemon()
     pid = daemon.pid
     with hc.connect(daemon.endpoint, autostart=False) as session:
@@ -131,8 +131,8 @@ def test_a_stop_between_two_servers_leaves_nothing(start_daemon: StartDaemon) ->
         daemon.process.terminate()  # it pauses for 400 ms now
         assert daemon.process.wait(10) == 0
         assert daemon.segments() == []
-        assert not list(daemon.directory.glob(f"{daemon.name}.[cwl]o*k*"))
-        del arena
+        assert files_of(daemon) == []
+        assert arena.is_stopped
 
 
 def test_a_server_killed_while_it_stops_is_tidied_up_after(start_daemon: StartDaemon) -> None:
@@ -144,7 +144,7 @@ def test_a_server_killed_while_it_stops_is_tidied_up_after(start_daemon: StartDa
     os.kill(pid, signal.SIGKILL)
     assert daemon.process.wait(10) == 0
     assert daemon.segments() == []
-    assert status_files(daemon) == []
+    assert files_of(daemon) == []
 
 
 def test_a_server_whose_supervisor_was_killed_goes_on(start_daemon: StartDaemon) -> None:
@@ -165,10 +165,10 @@ def test_a_server_whose_supervisor_was_killed_goes_on(start_daemon: StartDaemon)
     hc.stop_daemon(daemon.endpoint)
     assert not is_alive(pid)
     assert daemon.segments() == []
-    assert status_files(daemon) == []
+    assert files_of(daemon) == []
 
 
-def status_files(daemon: Daemon) -> list[str]:
+def files_of(daemon: Daemon) -> list[str]:
     """Sockets and lock file of a daemon."""
     return sorted(path.name for path in daemon.directory.glob(f"{daemon.name}.*") if path.suffix != ".log")
 
@@ -211,6 +211,22 @@ def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon, n
         assert heap.validate() == []
         with hc.connect(second.endpoint, autostart=False) as other:
             assert other.open_heap("work").statistics().busy_blocks == 0
+
+
+def test_a_start_by_hand_may_allow_more_than_the_one_before(start_daemon: StartDaemon, name: str) -> None:
+    """The commit limit is the new one's, where it is given; else it stays."""
+    first = start_daemon("--commit-limit", "8MiB", name=name)
+    with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap("work")
+        with pytest.raises(hc.HeapFullError):
+            heap.alloc(16 << 20)
+        first.kill()
+        second = start_daemon(name=name)
+        assert second.status()["commit_limit"] == 8 << 20
+        second.kill()
+        third = start_daemon("--commit-limit", "64MiB", name=name)
+        assert third.status()["commit_limit"] == 64 << 20
+        assert heap.alloc(16 << 20).view[-1] == 0
 
 
 def test_a_ledger_without_an_arena_is_removed(start_daemon: StartDaemon, name: str) -> None:
