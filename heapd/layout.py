@@ -96,6 +96,7 @@ F_GENERATE_EXCEPTIONS: Final = 8
 F_FREE_ORPHANS: Final = 16
 F_TAIL_CHECK: Final = 32
 F_FREE_CHECK: Final = 64
+TAIL: Final = b"\xab" * 16  # with F_TAIL_CHECK, clients end each block in these, the requested size so much larger
 
 HEAP_INDEX_BITS: Final = 16
 MAX_HEAPS: Final = 1 << 14  # arbitrary; 4 MiB of control blocks, committed as used

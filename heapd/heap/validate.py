@@ -44,10 +44,11 @@ _NAMES = {FREE: "free", CACHED: "cached", BUSY: "busy"}
 _KINDS = {KIND_SPARE: "spare", KIND_SLAB: "slab", KIND_RUN: "run"}
 
 
-def validate_heap(heap: Heap, is_known: IsKnown) -> Generator[None, None, list[Violation]]:
+def validate_heap(heap: Heap, is_known: IsKnown, tail: bytes = b"") -> Generator[None, None, list[Violation]]:
     """Check a whole heap, yielding between slices of a few ms; returns at most MAX_VIOLATIONS.
 
-    Args: is_known (session number -> bool): live, or ended with blocks left.
+    Args: is_known (session number -> bool): live, or ended with blocks left; tail (bytes that each allocated block
+    ends in, b"" for none: if they are gone, somebody wrote past the end of what he asked for).
     """
     found: list[Violation] = [Violation("extents", 0, 0, text) for text in heap.space.spare.violations()]
     seen = 0
@@ -63,6 +64,8 @@ def validate_heap(heap: Heap, is_known: IsKnown) -> Generator[None, None, list[V
     for slab in list(heap.slabs.values()):
         if heap.slabs.get(slab.first_page) is slab and len(found) < MAX_VIOLATIONS:
             found += _check_slab(heap, slab, is_known)
+            if tail:
+                found += _check_tails(heap, slab, tail)
             seen += slab.carved
             if seen >= _BLOCKS_A_SLICE:
                 seen = 0
@@ -70,6 +73,9 @@ def validate_heap(heap: Heap, is_known: IsKnown) -> Generator[None, None, list[V
     for first in list(heap.runs):
         if first in heap.runs and first not in heap.unfinished and len(found) < MAX_VIOLATIONS:
             found += _check_run(heap, first, is_known)
+            if tail:
+                word, extent = heap.arena.words[heap.arena.shape.run_slot(first)], heap.runs[first] << PAGE_SHIFT
+                found += _check_tail(heap, RUN_WORD, word, first << PAGE_SHIFT, extent, tail)
             seen += 1
     return found[:MAX_VIOLATIONS]
 
@@ -164,6 +170,25 @@ def _check_run(heap: Heap, first: int, is_known: IsKnown) -> Iterator[Violation]
     word = heap.arena.words[heap.arena.shape.run_slot(first)]
     extent = heap.runs[first] << PAGE_SHIFT
     yield from _check_lent_word(RUN_WORD, word, first << PAGE_SHIFT, extent, is_known, heap.borrowers[first])
+
+
+def _check_tails(heap: Heap, slab: Slab, tail: bytes) -> Iterator[Violation]:
+    for index, word in enumerate(heap.arena.words[slab.slot : slab.slot + slab.carved].tolist()):
+        if slab.lent[index]:
+            address, extent = slab.base + index * slab.kind.extent, slab.kind.extent
+            yield from _check_tail(heap, SLAB_WORD, word, address, extent, tail)
+
+
+def _check_tail(heap: Heap, form: WordFormat, word: int, address: int, extent: int, tail: bytes) -> Iterator[Violation]:
+    size = form.size(word)
+    if form.state(word) != BUSY or not len(tail) <= size <= extent:
+        return
+    end = address + size
+    found = bytes(heap.arena.segment.buffer[end - len(tail) : end])
+    if found != tail:
+        at = next(number for number in range(len(tail)) if found[number] != tail[number])
+        detail = f"something was written past the block's {size - len(tail)} bytes, {at} bytes behind their end"
+        yield Violation("overrun", address, form.session(word), detail)
 
 
 def _check_lent_word(

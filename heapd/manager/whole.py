@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from heapd.heap import collect_statistics, validate_block, validate_heap, walk
-from heapd.layout import WORD
+from heapd.layout import F_TAIL_CHECK, TAIL, WORD
 from heapd.manager.directory import Directory, Job
 from heapd.manager.sessions import Session
 from heapd.manager.shared import SharedHeap
@@ -39,7 +39,8 @@ class WholeHeapOperations:
         directory = self._directory
         found = [*directory.arena.violations(), *self._session_words()]
         found += directory.controls.violations(shared.heap_id, shared.flags)
-        found += yield from validate_heap(shared.heap, self._sessions.is_known)
+        tail = TAIL if shared.flags & F_TAIL_CHECK else b""
+        found += yield from validate_heap(shared.heap, self._sessions.is_known, tail)
         return [as_tuple(violation) for violation in found]
 
     def _session_words(self) -> Iterator[Violation]:

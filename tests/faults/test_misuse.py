@@ -19,14 +19,17 @@ from heapd.layout import (
     C_HEAP_ID,
     C_LIVE,
     C_MUTEX,
+    F_SERIALIZE,
+    F_TAIL_CHECK,
     H_COMMITTED,
     H_INSTANCE,
     H_PAGE_COUNT,
     RUN_WORD,
     SLAB_WORD,
+    TAIL,
 )
 from heapd.units import MIB, PAGE_SIZE
-from heapd.wire.messages import HeapDestroy, HeapFree, HeapFreeMany, HeapResize, HeapValidate, NamePublish
+from heapd.wire.messages import HeapCreate, HeapDestroy, HeapFree, HeapFreeMany, HeapResize, HeapValidate, NamePublish
 from tests.harness import Daemon, mark_run, unique_name
 
 SIZES = {"slab": 100, "run": 8192, "large run": 2 * MIB}
@@ -244,6 +247,24 @@ def test_an_overrun_into_the_head_of_the_next_slab(session: hc.Session, heap: hc
     for number in range(4):
         words[head + number] = before[number]
     assert found(heap) == []
+
+
+def test_an_overrun_in_a_heap_with_tail_checking(session: hc.Session) -> None:
+    """One byte past what was asked for, in the padding where it harms nobody yet: the block, and who has it."""
+    heap = session.call(HeapCreate("checked", 0, 0, F_SERIALIZE | F_TAIL_CHECK))
+    checked = session.open_heap("checked")
+    assert checked.id == heap[0]
+    blocks = [checked.alloc(size + len(TAIL)) for size in SIZES.values()]
+    for block in blocks:
+        block.view[-len(TAIL) :] = TAIL
+    assert found(checked) == []
+    for block in blocks:
+        past = block.size - len(TAIL)
+        block.view[past + 3] ^= 1
+        assert found(checked) == [("overrun", block.address, session.number)]
+        assert "3 bytes behind" in checked.validate()[0].detail
+        block.view[past + 3] ^= 1
+    assert found(checked) == []
 
 
 def test_a_scribbled_page_word(session: hc.Session, heap: hc.Heap, block: hc.Block) -> None:

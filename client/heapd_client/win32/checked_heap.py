@@ -13,13 +13,12 @@ heap knows what to expect, and expects nothing of free memory that was something
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from struct import Struct
 from typing import Final
 
-from heapd.layout import F_FREE_CHECK, F_TAIL_CHECK
+from heapd.layout import F_FREE_CHECK, F_TAIL_CHECK, TAIL
 from heapd.records import Entry, EntryKind
 from heapd.units import MIB, align_down, align_up
 
@@ -29,8 +28,6 @@ from .open_heap import OpenHeap
 
 __all__ = ["CheckedHeap", "tail_of"]
 
-_TAIL: Final = 16  # bytes, twice a pointer's
-_TAIL_BYTE: Final = 0xAB
 _FREED: Final = (0xFEEEFEEE).to_bytes(4, "little")
 _NEW: Final = (0xBAADF00D).to_bytes(4, "little")
 _MARK: Final = Struct("<QQ")
@@ -41,7 +38,7 @@ _STEP: Final = MIB  # bytes filled or compared at once
 
 def tail_of(flags: int) -> int:
     """Bytes of filler behind each block of a heap with these flags (layout.F_*)."""
-    return _TAIL if flags & F_TAIL_CHECK else 0
+    return len(TAIL) if flags & F_TAIL_CHECK else 0
 
 
 def _mark(address: int, extent: int, generation: int) -> bytes:
@@ -113,10 +110,10 @@ class CheckedHeap(OpenHeap):
 
     def _write_tail(self, end: int) -> None:
         if self._tail:
-            ctypes.memset(self.heap.mapping.pointer + end, _TAIL_BYTE, self._tail)
+            self._bytes[end : end + self._tail] = TAIL
 
     def _has_tail(self, end: int) -> bool:
-        return self._bytes[end : end + self._tail] == bytes([_TAIL_BYTE]) * self._tail
+        return self._bytes[end : end + self._tail] == TAIL[: self._tail]
 
     def _damaged(self, entries: Iterator[Entry]) -> Iterator[Entry]:
         """Entries whose fillers are not as they were written."""
