@@ -3,6 +3,7 @@
 from heapd.arena.arena import Arena
 from heapd.arena.budget import Budget, Headroom, default_commit_limit, measure_headroom
 from heapd.arena.extents import Extents
+from heapd.arena.restore import restore_arena
 from heapd.arena.segment import SHM_DIRECTORY, Segment, remove_segment, segment_exists
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "default_commit_limit",
     "measure_headroom",
     "remove_segment",
+    "restore_arena",
     "segment_exists",
 ]

@@ -8,7 +8,6 @@ byte is handed out, so that a full /dev/shm is an error here and never a SIGBUS 
 from __future__ import annotations
 
 import os
-import re
 import uuid
 from array import array
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from heapd.arena.budget import Budget, default_commit_limit
 from heapd.arena.extents import Extents
 from heapd.arena.pagemap import PageMap
 from heapd.arena.segment import Segment
-from heapd.errors import HeapFullError, InvalidArgumentError, SegmentError
+from heapd.errors import HeapFullError, InvalidArgumentError
 from heapd.journal import PAGES, Journal
 from heapd.layout import (
     CONTROL_SIZE,
@@ -59,26 +58,6 @@ __all__ = ["Arena"]
 
 SLICE_PAGES = 16 * MIB // PAGE_SIZE  # commit or decommit this much at a time: 4 to 10 ms, the loop's longest stall
 _STATE_BYTES = (b"\0", b"\1", b"\2")
-
-
-_IS_COMMITTED = bytes(256).replace(b"\0\0\0", b"\0\0\1", 1)
-_COMMITTED = re.compile(rb"\x02+")
-_IN_USE = re.compile(rb"[\x01\x02]+")
-_REMOVE_PAGES = 1 << 24  # 64 GiB of holes at once cost as much as one page
-
-
-def _check_header(segment: Segment, instance: bytes, page_count: int) -> None:
-    """Raises: SegmentError if the segment is not the arena that the records are of."""
-    words = segment.words
-    if segment.size < PAGE_SIZE or not segment.allocated_bytes or words[H_MAGIC] != MAGIC:
-        raise SegmentError(f"the arena {segment.name} is incomplete: the daemon that was making it did not finish")
-    if words[H_VERSION] != LAYOUT_VERSION:
-        raise SegmentError(f"the arena {segment.name} has memory layout {words[H_VERSION]}, this is {LAYOUT_VERSION}")
-    if segment.size != page_count * PAGE_SIZE or words[H_PAGE_COUNT] != page_count:
-        raise SegmentError(f"the arena {segment.name} has {segment.size} bytes, its records are of {page_count} pages")
-    found = words[H_INSTANCE].to_bytes(8, "little") + words[H_INSTANCE + 1].to_bytes(8, "little")
-    if found != instance:
-        raise SegmentError(f"the arena {segment.name} is another one than its records are of")
 
 
 class Arena:
@@ -130,91 +109,6 @@ class Arena:
             segment.close()
             raise
         return arena
-
-    @classmethod
-    def restore(
-        cls,
-        name: str,
-        *,
-        instance: bytes,
-        states: bytearray,
-        regions: list[tuple[int, int]],
-        commit_limit: int,
-        peak: int,
-        incarnation: int,
-    ) -> Arena:
-        """Take over the arena of an earlier process, whose records say what its pages are. What they do not say is
-        committed is given back to the system, and the page map outside regions is written anew; heaps do the rest.
-
-        Args:    name (of the segment), instance (its identity), states (PAGE_* of each page; kept), regions ((first
-                 page, pages) of all heaps), commit_limit, peak (bytes), incarnation (of the daemon on this arena).
-        Raises:  SegmentError if the segment is missing, unfinished, another one, or of another size.
-        """
-        segment = Segment.attach(name)
-        try:
-            _check_header(segment, instance, len(states))
-            arena = cls(segment, ArenaShape(len(states)), Budget(commit_limit))
-        except SegmentError:
-            segment.close()
-            raise
-        arena.instance = instance
-        arena._state = states
-        arena.reserved = sum(count for _, count in regions) * PAGE_SIZE
-        arena.budget.committed = arena.committed_in(0, len(states)) * PAGE_SIZE
-        arena.budget.peak = max(peak, arena.budget.committed)
-        arena._restore_tables()
-        arena._restore_free(sorted(regions))
-        arena._write_header(incarnation)
-        arena._tell(H_MAGIC, MAGIC)
-        return arena
-
-    def _restore_tables(self) -> None:
-        """Find in the states of the tables' pages which parts of them are in use, and drop the rest."""
-        shape = self.shape
-        if self.segment.allocated_bytes != self.budget.committed:  # the kernel counts what nobody recorded
-            self._remove_unrecorded()
-        first = shape.controls >> PAGE_SHIFT
-        self._controls_ready = self.committed_in(first, (shape.sessions >> PAGE_SHIFT) - first)
-        self._controls_ready *= PAGE_SIZE // CONTROL_SIZE
-        self.words[H_CONTROLS_READY] = self._controls_ready
-        first = shape.sessions >> PAGE_SHIFT
-        self._sessions_ready = self.committed_in(first, (shape.directory >> PAGE_SHIFT) - first) * (PAGE_SIZE // WORD)
-        self.words[H_SESSIONS_READY] = self._sessions_ready
-        # A chunk's run words are committed last.
-        first = shape.run_words >> PAGE_SHIFT
-        self.pages.restore(self._state[first : first + shape.chunk_count].translate(_IS_COMMITTED))
-
-    def _remove_unrecorded(self) -> None:
-        """Give back the memory of pages that are not committed by the records."""
-        at = 0
-        for first, end in [*(match.span() for match in _COMMITTED.finditer(self._state)), (self.shape.page_count, 0)]:
-            for start in range(at, first, _REMOVE_PAGES):
-                count = min(_REMOVE_PAGES, first - start)
-                self.segment.mapping.madvise(MADV_REMOVE, start << PAGE_SHIFT, count << PAGE_SHIFT)
-            at = end
-
-    def _restore_free(self, regions: list[tuple[int, int]]) -> None:
-        """What lies between regions is free, or was released and waits to be decommitted."""
-        at = self.shape.first_page
-        for first, count in [*regions, (self.shape.page_count, 0)]:
-            if first > at:
-                self.pages.set(at, first - at, make_page_word(PAGE_FREE, KIND_NONE, 0, 0))
-                self._restore_gap(at, first)
-            at = first + count
-
-    def _restore_gap(self, at: int, end: int) -> None:
-        if self._state.count(PAGE_FREE, at, end) == end - at:  # mostly; and 60 times as fast as the search below
-            self._restore_granules(at, end)
-            return
-        for match in _IN_USE.finditer(self._state, at, end):
-            self._restore_granules(at, match.start())
-            self._doomed.append((match.start(), match.end() - match.start()))
-            at = match.end()
-        self._restore_granules(at, end)
-
-    def _restore_granules(self, first: int, end: int) -> None:
-        if end > first:
-            self._granules.give(first // GRANULE_PAGES, (end - first) // GRANULE_PAGES)
 
     @property
     def doomed(self) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from heapd.arena import Arena, Segment
+from heapd.arena import Arena, Segment, restore
 from heapd.errors import HeapdError, error_from_wire
 from heapd.layout import CHUNK_SHIFT, F_FREE_ORPHANS, F_PERSISTENT, F_SERIALIZE, RUN_WORD
 from heapd.manager import HeapManager
@@ -102,7 +102,7 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fate]:
         fate.tick()
         real_fallocate(*arguments)
 
-    def mortal_method(owner: type, name: str) -> None:
+    def mortal_method(owner: Any, name: str) -> None:
         real = getattr(owner, name)
 
         def method(*arguments: Any) -> None:
@@ -120,7 +120,7 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fate]:
     monkeypatch.setattr(Segment, "__init__", init)
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     mortal_method(Arena, "_remove")
-    mortal_method(Arena, "_remove_unrecorded")
+    mortal_method(restore, "_remove_unrecorded")
     mortal_method(Log, "_remove")
     yield fate
     for segment in segments:

@@ -9,6 +9,7 @@ Each step may be repeated, for a kill may come here, too.
 from __future__ import annotations
 
 from heapd.arena import Arena
+from heapd.arena import restore_arena as take_over
 from heapd.heap import Heap, Region, Slab
 from heapd.layout import CHUNK_PAGES, CHUNK_SHIFT, RUN_WORD
 from heapd.manager.directory import Directory
@@ -30,7 +31,7 @@ def restore_arena(segment: str, volume: Volume, records: Records, incarnation: i
         for first, page_count, _ in record.regions.values()
         if record.heap_id
     ]
-    return Arena.restore(
+    return take_over(
         segment,
         instance=volume.instance,
         states=records.pages,

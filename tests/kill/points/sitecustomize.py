@@ -13,7 +13,7 @@ from typing import Any
 from heapd.arena import Arena
 from heapd.heap import Heap
 from heapd.manager import HeapManager
-from heapd.manager.ledger import Ledger, Records
+from heapd.manager.ledger import Ledger, Records, recovery
 from heapd.manager.ledger import ledger as ledger_module
 from heapd.manager.ledger.volume import Log, Volume
 from heapd.manager.sessions import Sessions
@@ -49,7 +49,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "wipe": (Log, "_remove"),
     "answer": (loop, "_send"),
     "start-read": (Records, "add"),
-    "start-arena": (Arena, "restore"),
+    "start-arena": (recovery, "take_over"),
     "start-trim": (Log, "trim"),
     "start-directory": (HeapManager, "recover"),
     "start-sessions": (Loop, "readmit"),
