@@ -2,6 +2,7 @@
 
 from heapd.heap.heap import SLICE_BYTES, Heap
 from heapd.heap.holdings import NOBODY, recount
+from heapd.heap.restore import drop_unfinished, restore_heap
 from heapd.heap.slab import Slab
 from heapd.heap.space import Region
 from heapd.heap.statistics import collect_statistics
@@ -15,7 +16,9 @@ __all__ = [
     "Region",
     "Slab",
     "collect_statistics",
+    "drop_unfinished",
     "recount",
+    "restore_heap",
     "validate_block",
     "validate_heap",
     "walk",

@@ -20,9 +20,9 @@ from heapd.errors import (
     NotABlockError,
     StaleHandleError,
 )
-from heapd.heap.holdings import NOBODY, Holdings
+from heapd.heap.holdings import Holdings
 from heapd.heap.slab import Slab
-from heapd.heap.space import BIG_PAGES, Region, Space
+from heapd.heap.space import BIG_PAGES, Space
 from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB
 from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
@@ -69,60 +69,6 @@ class Heap:
         first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
         pages = align_up(max(first, 1), GRANULE_PAGES)
         self.space.open(pages, min(max(pages_for(initial), 1), pages))
-
-    @classmethod
-    def restore(
-        cls,
-        arena: Arena,
-        index: int,
-        *,
-        maximum: int,
-        max_block: int,
-        initial: int,
-        regions: list[Region],
-        slabs: list[Slab],
-        runs: dict[int, int],
-        unfinished: set[int],
-        allocations: int,
-        releases: int,
-    ) -> Heap:
-        """The heap that an earlier process had; page map, slab heads and free blocks' words are written anew.
-
-        Args: initial (pages), regions (in order of birth), slabs, runs (first page -> pages; kept), unfinished (first
-              pages of runs that nobody was given: `drop_unfinished`).
-        """
-        heap = cls.__new__(cls)
-        heap._set_up(arena, index, maximum, max_block)
-        heap.allocations, heap.releases, heap.runs, heap.unfinished = allocations, releases, runs, unfinished
-        heap.borrowers = dict.fromkeys(runs, NOBODY)
-        heap.held.charge(NOBODY, sum(runs.values()) << PAGE_SHIFT)
-        slabs.sort()
-        for slab in slabs:
-            heap._restore_slab(slab)
-        taken = [(slab.first_page, slab.kind.page_count) for slab in slabs] + list(runs.items())
-        heap.space.restore(regions, initial, sorted(taken))
-        for first, page_count in runs.items():
-            heap.space.describe_run(first, page_count, first)
-        return heap
-
-    def drop_unfinished(self) -> None:
-        """Free the runs that an earlier process was committing when it died."""
-        for first in list(self.unfinished):
-            self.unfinished.discard(first)
-            self.take_back(None, first, self.arena.shape.run_slot(first))
-
-    def _restore_slab(self, slab: Slab) -> None:
-        kind, first = slab.kind, slab.first_page
-        self.slabs[first] = slab
-        self.held.charge(NOBODY, slab.lent_count * kind.extent)
-        for page in range(first, first + kind.page_count):
-            self._slab_of_page[page] = slab
-        if not slab.is_full:
-            self.partial[kind.index].append(slab)
-        if not slab.lent_count:
-            self._parked[kind.index] = slab
-        self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)
-        slab.rewrite_head(self.arena.words)
 
     def _set_up(self, arena: Arena, index: int, maximum: int, max_block: int) -> None:
         self.arena = arena

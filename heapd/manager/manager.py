@@ -21,7 +21,7 @@ from heapd.errors import (
     NoSuchHeapError,
     NotPermittedError,
 )
-from heapd.heap import NOBODY, Heap, recount
+from heapd.heap import NOBODY, Heap, drop_unfinished, recount
 from heapd.journal import LEAVE, NO_HEAP, OWNERS
 from heapd.layout import (
     CACHED,
@@ -179,7 +179,7 @@ class HeapManager:
         volume.applied = records.sequence
         memory.restore_sessions({session.number: session.word for session in manager.sessions if session.is_live})
         for shared in manager.heaps.values():
-            shared.heap.drop_unfinished()
+            drop_unfinished(shared.heap)
         for unanswered in list(manager._directory.unanswered.values()):
             manager._blocks.forget(unanswered)
         journal.commit(None, 0, b"")

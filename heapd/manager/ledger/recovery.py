@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from heapd.arena import Arena
 from heapd.arena import restore_arena as take_over
-from heapd.heap import Heap, Region, Slab
+from heapd.heap import Region, Slab, restore_heap
 from heapd.layout import CHUNK_PAGES, CHUNK_SHIFT, RUN_WORD
 from heapd.manager.directory import Directory
 from heapd.manager.ledger.records import HeapRecord, Records
@@ -75,7 +75,7 @@ def _restore_run_words(arena: Arena, records: Records) -> None:
 
 
 def _restore_heap(directory: Directory, record: HeapRecord) -> None:
-    heap = Heap.restore(
+    heap = restore_heap(
         directory.arena,
         record.index,
         maximum=record.maximum,
