@@ -109,13 +109,23 @@ class Supervisor:
         """Until a server ends on purpose. Raises: as `supervise`."""
         try:
             with self._signals_noted():
-                while not self._is_over(self._live()):
+                while not self._attempt():
                     self._pause()
                     if self._stop_signal is not None:  # while there was no server to tell
                         discard(self._config.endpoint)
                         return
         finally:
             self.close()
+
+    def _attempt(self) -> bool:
+        """The life of one server. Returns: whether no other one is to follow. Raises: as `supervise`."""
+        try:
+            return self._is_over(self._live())
+        except OSError as error:  # no process, no descriptor: a machine out of memory may have some again soon
+            if not self._was_ready or isinstance(error, HeapdError):
+                raise
+            self._count_death(f"no server process can be started ({error.strerror})", 0.0)
+            return False
 
     def close(self) -> None:
         """Let go of what it waits with."""
@@ -155,7 +165,13 @@ class Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
-        return Life(pid, os.pidfd_open(pid), ours)
+        try:
+            return Life(pid, os.pidfd_open(pid), ours)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # nobody would watch it, and there must not be two
+            os.waitpid(pid, 0)
+            ours.close()
+            raise
 
     def _be_server(self, link: SupervisorLink, blocked: set[int]) -> NoReturn:
         """The server's whole life; never back into the supervisor's frames."""
@@ -210,13 +226,13 @@ class Supervisor:
             return True
         if life.error is not None and (not self._was_ready or isinstance(life.error, SegmentError)):
             raise life.error  # the next one would meet the same
-        self._count_death(life)
+        lived_s = time.monotonic() - life.ready_at if life.ready_at is not None else 0.0
+        self._count_death(f"the server process {life.pid} {life.end} after {lived_s:.1f} s", lived_s)
         return False
 
-    def _count_death(self, life: Life) -> None:
+    def _count_death(self, what: str, lived_s: float) -> None:
         """Log a death. Raises: DaemonLostError if it was one too many."""
         now = time.monotonic()
-        lived_s = now - life.ready_at if life.ready_at is not None else 0.0
         self._short_lives = self._short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
         self._deaths.append(now)
         while self._deaths[0] < now - _WINDOW_S:
@@ -224,9 +240,9 @@ class Supervisor:
         if len(self._deaths) > self._config.restarts:
             raise DaemonLostError(
                 f"the server of {self._config.endpoint} died {len(self._deaths)} times within {_WINDOW_S:g} s, and is "
-                f"not started again: process {life.pid} {life.end}. Its arena is kept; `heapd serve` goes on with it"
+                f"not started again: {what}. Its arena is kept; `heapd serve` goes on with it"
             )
-        log.error("the server process %d %s after %.1f s; starting another", life.pid, life.end, lived_s)
+        log.error("%s; starting another", what)
 
     def _pause(self) -> None:
         """Wait before a restart, longer with each server that did not live; not at all for one that did."""

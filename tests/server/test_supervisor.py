@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
-from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -84,16 +83,37 @@ def test_the_pauses_before_restarts_grow_while_servers_die_young(
 
     monkeypatch.setattr(supervisor, "wait", note)
     config = Config(endpoint=Endpoint(str(tmp_path), "x"), restarts=100)
-    watcher = Supervisor(config, DaemonLock.acquire(config.endpoint))
-    for lived_s in (0.1, 0.1, 0.1, 0.9, None, 0.5, 1.5, 0.1):
-        ready_at = None if lived_s is None else time.monotonic() - lived_s
-        ours, theirs = Pipe(duplex=False)
-        watcher._count_death(Life(1, -1, ours, status=9, ready_at=ready_at))
+    lock = DaemonLock.acquire(config.endpoint)
+    watcher = Supervisor(config, lock)
+    for lived_s in (0.1, 0.1, 0.1, 0.9, 0.0, 0.5, 1.5, 0.1):
+        watcher._count_death("it died", lived_s)
         watcher._pause()
-        ours.close()
-        theirs.close()
     watcher.close()
+    lock.release()
     assert pauses == [0.05, 0.1, 0.2, 0.4, 0.4]
+
+
+def test_a_machine_that_has_no_room_for_a_process_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a pause, as after a death; at the first start it is an error."""
+    config = Config(endpoint=Endpoint(str(tmp_path), "x"), restarts=2)
+    lock = DaemonLock.acquire(config.endpoint)
+    watcher = Supervisor(config, lock)
+
+    def refuse() -> Life:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(watcher, "_fork", refuse)
+    with pytest.raises(BlockingIOError):
+        watcher._attempt()
+    watcher._was_ready = True
+    assert [watcher._attempt(), watcher._attempt()] == [False, False]
+    assert "no server process can be started (Resource temporarily unavailable); starting another" in caplog.text
+    with pytest.raises(hc.DaemonLostError, match="died 3 times"):
+        watcher._attempt()
+    watcher.close()
+    lock.release()
 
 
 def test_without_restarts_there_is_no_supervisor(start_daemon: StartDaemon) -> None:
