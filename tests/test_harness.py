@@ -86,10 +86,10 @@ def test_wait_until_gives_up_at_its_deadline() -> None:
 
 
 def test_the_daemon_fixture_serves_and_ends_cleanly(daemon: Daemon) -> None:
-    """A test's daemon answers status under its own name, and its segment is gone after stop."""
+    """A test's daemon answers status under its own name, and its segments are gone after stop."""
     status = daemon.status()
     assert (status["name"], status["endpoint"]) == (daemon.name, daemon.endpoint)
-    assert daemon.segments() == [status["segment"]]
+    assert sorted(daemon.segments()) == [status["segment"], f"{status['segment']}-ledger"]
     assert daemon.pid > 0
     assert daemon.stop() == 0
     assert daemon.segments() == []
