@@ -221,15 +221,6 @@ class Mutex:
         status = self.trylock()
         return False if status == 0 else self.settle(status, timeout_s)
 
-    def try_acquire(self) -> bool:
-        """Take the mutex if that needs no wait; True if it is held now. `on_wait` hears of a dead holder."""
-        status = self.trylock()
-        if status == errno.EBUSY:
-            return False
-        if status:
-            self.settle(status, 0)
-        return True
-
     def settle(self, status: int, timeout_s: float | None = None) -> bool:
         """Go on with an acquisition whose `trylock` returned `status`, not 0. As `acquire`; not held if it raises."""
         waited_ns = 0

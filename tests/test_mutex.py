@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from heapd.errors import LockNotHeldError, LockTimeoutError, SegmentError
-from heapd.mutex import MUTEX_SIZE, Mutex, held, init
+from heapd.mutex import MUTEX_SIZE, Mutex, fault, held, init, make_ready
 
 # Answers each line, an expression, with its value or the error's name; so a test says step by step what it does.
 PUPPET = """
@@ -32,7 +32,7 @@ mutex, other = Mutex(base), Mutex(base + 64)
 def depth_in_forked_child():
     pid = os.fork()
     if pid == 0:
-        os._exit(mutex.depth() * 10 + mutex.try_acquire())
+        os._exit(mutex.depth() * 10 + (mutex.trylock() == 0))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 for line in sys.stdin:
@@ -179,7 +179,7 @@ def test_held_releases_after_an_error(shared: Shared) -> None:
 def test_another_thread_is_kept_out(shared: Shared) -> None:
     """A thread is a holder of its own: it can neither take, nor release, nor count what another one holds."""
     with held(shared.mutex):
-        assert in_thread(shared.mutex.try_acquire) is False
+        assert in_thread(shared.mutex.trylock) == errno.EBUSY
         assert in_thread(shared.mutex.depth) == 0
         refused = in_thread(shared.mutex.release)
     assert isinstance(refused, LockNotHeldError)
@@ -219,10 +219,10 @@ def test_a_thread_that_ends_holding_it_counts_as_dead(shared: Shared) -> None:
 def test_another_process_is_kept_out_until_release(shared: Shared, puppet: Puppet) -> None:
     """Both processes see one mutex, at different pointers."""
     assert puppet.ask("mutex.acquire()") == "False"
-    assert shared.mutex.try_acquire() is False
+    assert shared.mutex.trylock() == errno.EBUSY
     assert puppet.ask("mutex.release()") == "None"
-    assert shared.mutex.try_acquire() is True
-    assert puppet.ask("mutex.try_acquire()") == "False"
+    assert shared.mutex.trylock() == 0
+    assert puppet.ask("mutex.trylock()") == str(errno.EBUSY)
     assert puppet.ask("mutex.release()") == "LockNotHeldError"
     shared.mutex.release()
 
@@ -311,16 +311,6 @@ def test_the_death_of_the_holder_wakes_a_waiter(shared: Shared, puppet: Puppet) 
     timer.join()
 
 
-def test_try_acquire_takes_over_from_the_dead(shared: Shared, puppet: Puppet) -> None:
-    """No wait is needed after a death, so try_acquire succeeds and leaves the mutex consistent."""
-    puppet.ask("mutex.acquire()")
-    puppet.kill()
-    assert shared.mutex.try_acquire() is True
-    shared.mutex.release()
-    assert shared.mutex.acquire(0) is False
-    shared.mutex.release()
-
-
 def test_a_stopped_holder_blocks_its_own_mutex_only(shared: Shared, puppet: Puppet) -> None:
     """Waiting for a stopped process times out and says so; another mutex is free; it goes on after SIGCONT."""
     puppet.ask("mutex.acquire()")
@@ -353,6 +343,60 @@ def test_unlocked_unrepaired_is_beyond_recovery(shared: Shared, puppet: Puppet) 
     for _ in range(2):
         with pytest.raises(SegmentError, match="beyond recovery"):
             shared.mutex.acquire(0)
+
+
+# -- for whoever comes next --------------------------------------------------------------------------------------------
+def test_a_free_mutex_is_ready_as_it_is(shared: Shared) -> None:
+    """It is not touched: somebody may be about to take it."""
+    before = ctypes.string_at(shared.pointer, MUTEX_SIZE)
+    assert make_ready(shared.pointer)
+    assert ctypes.string_at(shared.pointer, MUTEX_SIZE) == before
+    assert fault(shared.pointer) == ""
+
+
+def test_a_held_mutex_cannot_be_made_ready(shared: Shared, puppet: Puppet) -> None:
+    """By a thread of another process, or of this one; it stays held."""
+    puppet.ask("mutex.acquire()")
+    assert not make_ready(shared.pointer)
+    assert puppet.ask("mutex.release()") == "None"
+    shared.mutex.acquire()
+    assert not make_ready(shared.pointer)
+    shared.mutex.release()
+    assert make_ready(shared.pointer)
+
+
+def test_the_next_holder_is_not_told_of_a_death_before_its_time(shared: Shared, puppet: Puppet) -> None:
+    """What a dead process held is made anew."""
+    puppet.ask("[mutex.acquire(), mutex.acquire()]")
+    puppet.kill()
+    assert make_ready(shared.pointer)
+    assert shared.mutex.acquire(0) is False
+    assert shared.mutex.depth() == 1
+    shared.mutex.release()
+
+
+def test_a_mutex_beyond_recovery_is_named_and_made_anew(shared: Shared, puppet: Puppet) -> None:
+    """Its next user has a good one."""
+    puppet.ask("mutex.acquire()")
+    puppet.kill()
+    assert shared.mutex.trylock() == errno.EOWNERDEAD
+    assert shared.mutex.unlock() == 0
+    assert "beyond recovery" in fault(shared.pointer)
+    assert make_ready(shared.pointer)
+    assert shared.mutex.acquire(0) is False
+    shared.mutex.release()
+
+
+def test_a_scribbled_mutex_is_named_and_made_anew(shared: Shared) -> None:
+    """Whatever was written over it, but that somebody holds it; its links are never followed."""
+    for word in range(1, 8):
+        ctypes.memset(shared.pointer + word * 8, 0x41, 8)
+    ctypes.memset(shared.pointer, 0, 4)
+    assert "kind 0x41414141" in fault(shared.pointer)
+    assert make_ready(shared.pointer)
+    assert fault(shared.pointer) == ""
+    assert shared.mutex.acquire(0) is False
+    shared.mutex.release()
 
 
 def test_release_repairs_an_interrupted_takeover(shared: Shared, puppet: Puppet) -> None:
