@@ -289,14 +289,13 @@ class Heap:
 
         Raises: NotABlockError, DoubleFreeError, StaleHandleError; nothing has changed.
         """
+        self.take_back(*self.check_free(address, generation))
+
+    def check_free(self, address: int, generation: int) -> tuple[Slab | None, int, int]:
+        """Raise what `free` would, and change nothing. Returns: what `take_back` needs to free it."""
         slab, index, slot = self.locate(address)
         self._check_busy(slot, generation, address)
-        self.take_back(slab, index, slot)
-
-    def check_free(self, address: int, generation: int) -> None:
-        """Raise what `free` would, and change nothing."""
-        _, _, slot = self.locate(address)
-        self._check_busy(slot, generation, address)
+        return slab, index, slot
 
     def take_back(self, slab: Slab | None, index: int, slot: int) -> None:
         """Take back a block that `locate` found, whatever its word says."""

@@ -179,13 +179,14 @@ class BlockOperations:
         pairs = list(zip(request.blocks[::2], request.blocks[1::2], strict=True))
         if len({address for address, _ in pairs}) != len(pairs):
             raise InvalidArgumentError("a block is named twice in one free_many; nothing was freed")
+        doomed = []
         for address, generation in pairs:
             try:
-                shared.heap.check_free(address, generation)
+                doomed.append(shared.heap.check_free(address, generation))
             except NotABlockError as error:
                 raise self._directory.explain(shared, address, error) from None
-        for address, generation in pairs:
-            shared.heap.free(address, generation)
+        for block in doomed:  # whatever somebody may write into their words meanwhile: it is all or none
+            shared.heap.take_back(*block)
         return None if self._directory.arena.is_settled else self._directory.settle_then(None)
 
     def lease(self, session: Session, request: m.HeapLease) -> list[Grant] | Job:
