@@ -38,15 +38,17 @@ __all__ = ["FrontEnd"]
 _FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before;
 _SHARE: Final = 8  # beyond, it is this part of the blocks that the bin leased so far
 _SLACK_FLOOR: Final = 128 * KIB  # what is cached may add this much to the most that was in use at once ...
-_SLACK_SHIFT: Final = 5  # ... or 1/32 of it
-_FADE: Final = 10  # and that is forgotten by 1/1024 of what is less in use, at each lease
+_SLACK_PART: Final = 22  # ... or this part of it; while less is in use,
+_LASTING: Final = 2 * MIB  # so much of the difference is remembered,
+_FADE: Final = 1  # and of the rest one half is forgotten at each lease
 _CACHE_FLOOR: Final = 1 * MIB  # the bins of size classes together may hold this much ...
 _CACHE_SHIFT: Final = 2  # ... or 1/4 of what was in use at once
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
 _TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
 _PATIENCE: Final = 4  # slow calls before a bin gets a spare block, or another one
-_LEASE_PART: Final = 8  # one lease may take this part of what may still be leased
+_LEASE_PART: Final = 8  # one lease may take this part of what may still be leased,
+_OTHERS_PART: Final = 2  # and this part for one block each of the bins that are empty, too
 _MAX_BATCH: Final = 512
 _MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
@@ -57,7 +59,6 @@ _HOT: Final = 2  # blocks in a bin that the hot path needs to take one
 _COLLECTED: Final = 3  # references to a block that came home: a list's, a local name's, getrefcount's
 
 _address: Final = attrgetter("address")
-_cached: Final = attrgetter("cached")
 
 
 class Bin:
@@ -205,12 +206,13 @@ class FrontEnd:
     def _slack(self, more: int) -> int:
         """Bytes that may be leased besides the `more` that are about to be used; negative if too much is held.
 
-        What is cached while less is in use than before costs nothing: the heap has grown to that already, and a
-        program that did it once does it again. What is cached on top of the most that was ever in use makes it grow.
+        What is cached on top of the most that was in use makes the heap grow. What is cached while less is in use
+        than before does not, and a program that did it once may do it again; but others could use the memory, so it
+        is given back over the next leases; all but what a small heap, whose use goes up and down by much, needs again.
         """
         used = self.used_bytes() + more
-        self._peak = max(used, self._peak - (self._peak - used >> _FADE))
-        allowed = self._peak + max(_SLACK_FLOOR, self._peak >> _SLACK_SHIFT)
+        self._peak = max(used, self._peak - (max(self._peak - used - _LASTING, 0) >> _FADE))
+        allowed = self._peak + max(_SLACK_FLOOR, self._peak // _SLACK_PART)
         # Who holds more than there is has handed blocks to others for good, and will again: lease many at once.
         wandered = min(max(self.held - self._words[H_COMMITTED], 0), _LARGE_CACHE)
         return allowed + wandered - used - self.cached_bytes()
@@ -296,7 +298,7 @@ class FrontEnd:
         if slack < 0:
             slack += self._shed(-slack)
         count = min(bin_.next_batch(), max(slack // _LEASE_PART // bin_.extent, 0) + 1)
-        others = self._empty_bins(slack // _LEASE_PART, bin_) if not bin_.is_large else []
+        others = self._empty_bins(slack // _OTHERS_PART, bin_) if not bin_.is_large else []
         try:
             grants = self._ask(size, count, [other.extent for other in others])
         except HeapFullError as shortage:
@@ -386,9 +388,10 @@ class FrontEnd:
 
     def _shed(self, size: int, bins: Iterable[Bin] | None = None) -> int:
         """Give back `size` bytes at least, and a quarter of what is cached, if there is so much: of what the fullest
-        bins hold the blocks at the highest addresses, so that slabs get empty. Returns: bytes."""
+        bins hold the blocks at the highest addresses, so that slabs get empty. Runs first: a block of a slab that is
+        given back frees no page until the whole slab is empty. Returns: bytes."""
         bins = [bin_ for bin_ in bins or self if bin_.stack]
-        bins.sort(key=_cached, reverse=True)
+        bins.sort(key=lambda bin_: (bin_.form is RUN_WORD, bin_.cached), reverse=True)
         goal, done = size + sum(bin_.cached for bin_ in bins) // 4, 0
         doomed: list[Block] = []
         for bin_ in bins:

@@ -138,7 +138,7 @@ def test_a_lease_brings_a_block_for_each_empty_bin(heap: hc.Heap, requests: Requ
 def test_what_is_cached_does_not_add_to_the_most_in_use(
     session: hc.Session, heap: hc.Heap, first: int, second: int
 ) -> None:
-    """10 MiB of one size, freed, then 10 MiB of another: the arena commits what one of them needs, and 1/32, and what
+    """10 MiB of one size, freed, then 10 MiB of another: the arena commits what one of them needs, and 1/22, and what
     slabs keep of theirs."""
     total = 10 * MIB
     floor = committed(session)

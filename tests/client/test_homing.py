@@ -113,7 +113,8 @@ def test_two_objects_of_one_block_are_two(producer: hc.Heap, consumer: hc.Heap) 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 def test_an_owner_that_does_not_come_for_its_blocks_gets_no_more(producer: hc.Heap, consumer: hc.Heap) -> None:
-    """64 MiB at most lie there for it, and as much in the consumer's own cache; the rest is given back."""
+    """64 MiB at most lie there for it, beside a frame that it leased ahead, and as much in the consumer's own cache;
+    the rest is given back."""
     blocks = [producer.alloc(FRAME) for _ in range(200)]
     handles = [block.handle for block in blocks]
     del blocks
@@ -123,7 +124,7 @@ def test_an_owner_that_does_not_come_for_its_blocks_gets_no_more(producer: hc.He
     for entry in producer.walk():
         if entry.kind == EntryKind.CACHED:
             held[entry.session] += FRAME
-    assert held[producer.session.number] <= 64 * MIB
+    assert held[producer.session.number] <= 64 * MIB + FRAME
     assert held[consumer.session.number] <= 64 * MIB
     assert producer.statistics().committed <= 130 * MIB
 
