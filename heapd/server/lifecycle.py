@@ -25,7 +25,7 @@ import zmq
 
 from heapd import __version__
 from heapd.arena import Arena
-from heapd.errors import InvalidArgumentError
+from heapd.errors import InvalidArgumentError, SegmentError
 from heapd.layout import H_INCARNATION
 from heapd.manager import HeapManager, Limits
 from heapd.server.config import DEFAULT_RESERVE, Config
@@ -141,7 +141,13 @@ def _create(config: Config, claim: Claim) -> HeapManager:
 def _adopt(config: Config, claim: Claim) -> HeapManager:
     """The manager that the daemon was which left an arena behind. Raises: SegmentError; the arena stays as it is."""
     started = time.monotonic()
-    manager = HeapManager.recover(claim.arena, claim.ledger, clock=time.monotonic_ns, limits=_limits(config))
+    try:
+        manager = HeapManager.recover(claim.arena, claim.ledger, clock=time.monotonic_ns, limits=_limits(config))
+    except SegmentError as error:
+        raise SegmentError(
+            f"{error}. The arena {claim.arena} is left as it is; if that cannot be mended, `heapd gc --force` removes "
+            f"it, with all that it holds"
+        ) from error
     arena = manager.arena
     if config.commit_limit is not None:
         arena.limit_commit(config.commit_limit)

@@ -149,7 +149,8 @@ def test_a_segment_without_a_page_is_refused(name: str) -> None:
         (layout.L_BOOT, 1, "earlier boot"),
         (layout.L_ACTIVE, 2, "damaged"),
         (layout.L_AREA, 1 << 40, "damaged"),
-        (layout.L_MAGIC, 1, "incomplete"),
+        (layout.L_MAGIC, 0, "incomplete"),
+        (layout.L_MAGIC, 1, "damaged"),
     ],
 )
 def test_a_header_that_is_not_right_is_refused(volume: Volume, word: int, value: int, complaint: str) -> None:

@@ -269,19 +269,20 @@ def test_an_arena_without_a_ledger_is_removed(start_daemon: StartDaemon, name: s
     assert second.status()["incarnation"] == 1
 
 
-def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
-    """Something else than a kill has been there: one line says what, and both segments stay."""
+@pytest.mark.parametrize("place", [0, 4096 + 16], ids=["seal", "record"])
+def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str, place: int) -> None:
+    """Something else than a kill has been there: one line says what, and what to do; both segments stay."""
     first = start_daemon(name=name)
     with hc.connect(first.endpoint, autostart=False) as session:
         session.create_heap("work", persistent=True)
     leave(first)
     ledger = SEGMENTS / first.segments()[1]
     with ledger.open("r+b") as file:
-        file.seek(4096 + 16)
+        file.seek(place)
         file.write(b"scribble")
     refused = serve(first.endpoint)
     assert refused.returncode == 1
-    assert re.fullmatch(r"heapd: the ledger .* is damaged .*\n", refused.stderr)
+    assert re.fullmatch(r"heapd: the ledger .* is damaged.* `heapd gc --force` removes it.*\n", refused.stderr)
     assert len(first.segments()) == 2
 
 

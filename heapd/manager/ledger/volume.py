@@ -197,8 +197,10 @@ class Volume:
     @staticmethod
     def _check(segment: Segment) -> None:
         words, what = segment.words, f"the ledger {segment.name}"
-        if segment.size < PAGE_SIZE or not segment.allocated_bytes or words[L_MAGIC] != _MAGIC:
+        if segment.size < PAGE_SIZE or not segment.allocated_bytes or not words[L_MAGIC]:
             raise SegmentError(f"{what} is incomplete: the daemon that was making it did not finish")
+        if words[L_MAGIC] != _MAGIC:
+            raise SegmentError(f"{what} is damaged: its first word is {words[L_MAGIC]:#x}")
         if words[L_VERSION] != LEDGER_VERSION << 32 | LAYOUT_VERSION:
             raise SegmentError(f"{what} is of another version of heapd")
         if (words[L_BOOT], words[L_BOOT + 1]) != _boot_id():
@@ -242,13 +244,16 @@ class Volume:
 
 
 def is_ledger_sealed(name: str) -> bool:
-    """Whether the ledger of that name is there, and its daemon got so far as to keep records in it. Maps nothing."""
+    """Whether the ledger of that name is there, and its daemon got so far as to keep records in it. Maps nothing.
+
+    A seal that was damaged since is one: what was recorded under it is not to be taken for nothing.
+    """
     try:
         descriptor = os.open(SHM_DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        return os.pread(descriptor, WORD, L_MAGIC * WORD) == _MAGIC.to_bytes(WORD, "little")
+        return any(os.pread(descriptor, WORD, L_MAGIC * WORD))
     finally:
         os.close(descriptor)
 
