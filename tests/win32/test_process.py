@@ -7,12 +7,14 @@ import os
 import platform
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import heapd_client as hc
 from heapd_client import win32
 from tests.client.programs import in_child, run
+from tests.conftest import StartDaemon
 from tests.harness import Daemon
 from tests.win32.tools import BEYOND, KIB, MIB, busy, expect, new_heap, read, summary, walk, write
 
@@ -60,7 +62,12 @@ def test_a_session_can_be_attached_and_stays_open(attached: str) -> None:
 # -- the process heap ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("setting", "reserve", "commit"),
-    [(None, 1_048_576, 4_096), ((2 * MIB, 64 * KIB), 2 * MIB, 64 * KIB), ((4 * MIB - 3, 0), 4 * MIB, 4_096)],
+    [
+        (None, 1_048_576, 4_096),
+        ((2 * MIB, 64 * KIB), 2 * MIB, 64 * KIB),
+        ((4 * MIB - 3, 0), 4 * MIB, 4_096),
+        ((1, 0), 64 * KIB, 4_096),
+    ],
 )
 def test_the_process_heap_is_reserved_and_committed_as_asked_for(
     attached: str, setting: tuple[int, int] | None, reserve: int, commit: int
@@ -90,6 +97,35 @@ def test_figures_that_are_none_are_refused(attached: str, monkeypatch: pytest.Mo
     with pytest.raises(hc.InvalidArgumentError, match=r"HEAPD_HEAP|process heap"):
         win32.attach(attached)
     assert win32.GetProcessHeap()  # what was attached still is
+
+
+@pytest.mark.parametrize("heap", [5, (1,), (1.5, 1), ("1MiB", "4KiB"), (4_096, -1), (4_096, 8_192), (1 << 60, 0)])
+def test_figures_that_attach_cannot_use_are_refused(attached: str, heap: Any) -> None:
+    """Also more than the arena, at once and not at the first use of the process heap."""
+    with pytest.raises(hc.InvalidArgumentError, match=r"heap=|process heap"):
+        win32.attach(attached, heap=heap)
+    assert win32.GetProcessHeap()  # what was attached still is
+
+
+def test_an_endpoint_of_another_type_is_refused(attached: str) -> None:
+    """A TypeError that says what an endpoint is."""
+    with pytest.raises(TypeError, match="an endpoint is a str"):
+        win32.attach(5)  # type: ignore[arg-type]
+
+
+def test_a_process_heap_that_finds_no_memory_is_null(start_daemon: StartDaemon) -> None:
+    """H-PROC-01: with ERROR_NOT_ENOUGH_MEMORY, and not an exception; once there is memory again, it is made."""
+    win32.attach(start_daemon("--commit-limit", "64MiB").endpoint)
+    try:
+        full = win32.HeapCreate(0, 0, 0)
+        for size in (MIB, 4 * KIB):
+            while win32.HeapAlloc(full, 0, size):
+                pass
+        expect(0, win32.ERROR_NOT_ENOUGH_MEMORY, win32.GetProcessHeap)
+        win32.HeapDestroy(full)
+        assert win32.GetProcessHeap()
+    finally:
+        win32.detach()
 
 
 # -- other processes -------------------------------------------------------------------------------------------------

@@ -109,8 +109,9 @@ def HeapDestroy(hHeap: int | None) -> bool:
     return True
 
 
+@fails_with(0)
 def GetProcessHeap() -> int:
-    """The handle of the process heap, the same at each call."""
+    """The handle of the process heap, the same at each call; 0 for failure: ERROR_NOT_ENOUGH_MEMORY."""
     return process().default_heap().handle
 
 

@@ -114,6 +114,7 @@ def realloc(rules: Rules, hMem: Any, uBytes: Any, uFlags: Any) -> int:
         if flags & ~(rules.valid | _MODIFY) or (flags & rules.discardable and not flags & _MODIFY):
             raise Failure(ERROR_INVALID_PARAMETER, "an object is made discardable by MODIFY alone")
         if found is None:
+            _check_not_behind_handle(memory, mem)
             if flags & _MODIFY:
                 return _modify_fixed(rules, memory, mem, flags)
             return _resize_fixed(memory, mem, size, flags)
@@ -143,7 +144,6 @@ def _modify_fixed(rules: Rules, memory: _Memory, address: int, flags: int) -> in
 
 
 def _resize_fixed(memory: _Memory, address: int, size: int, flags: int) -> int:
-    _check_not_behind_handle(memory, address)
     in_place = not flags & _MOVEABLE
     return memory.heap.realloc(0, address, size, zero=bool(flags & _ZEROINIT), in_place=in_place)
 

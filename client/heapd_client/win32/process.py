@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
+from operator import index
 from typing import Final
 
 from heapd.errors import InvalidArgumentError
 from heapd.layout import F_FREE_CHECK, F_TAIL_CHECK, PAGE_FREE
-from heapd.units import GRANULE_SIZE, parse_size
+from heapd.units import GRANULE_SIZE, PAGE_SIZE, parse_size
 
 from ..block import Block
 from ..heap import Heap
@@ -173,13 +174,20 @@ def attach(endpoint: str | Session | None = None, *, heap: tuple[int, int] | Non
     Args:   endpoint (as for `connect`; None: $HEAPD_ENDPOINT, or the user's default daemon, started on demand; or an
             open Session, which `detach` does not close), heap (reserve and commit of the process heap in bytes, as the
             linker's /HEAP; None: $HEAPD_HEAP as "reserve[,commit]", or 1 MiB and 4 KiB).
-    Raises: InvalidArgumentError if the figures are none or commit exceeds reserve; what `connect` raises. What was
-            attached stays attached then.
+    Raises: InvalidArgumentError if the figures are none, commit exceeds reserve, or reserve the arena; TypeError; what
+            `connect` raises. What was attached stays attached then.
     """
     global _current
+    if not isinstance(endpoint, (str, Session, type(None))):
+        raise TypeError(f"an endpoint is a str, a Session or None, not {type(endpoint).__name__}")
     reserve, commit = _heap_figures(heap)
     is_own = not isinstance(endpoint, Session)
     session = endpoint if isinstance(endpoint, Session) else connect(endpoint)
+    if reserve > session.arena.size:
+        size = session.arena.size
+        if is_own:
+            session.close()
+        raise InvalidArgumentError(f"the process heap cannot reserve {reserve} bytes of an arena of {size}")
     with _lock:
         detach()
         _current = Process(session, is_own, reserve, commit)
@@ -203,7 +211,7 @@ def _heap_figures(heap: tuple[int, int] | None) -> tuple[int, int]:
     text = os.environ.get(HEAP_VARIABLE, "")
     try:
         if heap is not None:
-            reserve, commit = heap
+            reserve, commit = map(index, heap)
         else:
             reserve, commit = ([parse_size(part) for part in text.split(",")] + [0])[:2] if text.strip() else (0, 0)
         if text.count(",") > 1 or min(reserve, commit) < 0:
@@ -216,6 +224,8 @@ def _heap_figures(heap: tuple[int, int] | None) -> tuple[int, int]:
     reserve, commit = (reserve + 3) & ~3, (commit + 3) & ~3
     if commit > (reserve or 1 << 20):
         raise InvalidArgumentError(f"the process heap cannot commit {commit} bytes of {reserve or 1 << 20} reserved")
+    if reserve and not commit:
+        commit = min(reserve, PAGE_SIZE)  # the default, which fits whatever is reserved
     return reserve, commit
 
 

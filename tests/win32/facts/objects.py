@@ -330,6 +330,18 @@ def discardable_needs_modify() -> None:
             of.free(memory)
 
 
+@holds("G-REALLOC-08")
+def the_data_of_a_handle_is_no_object_of_its_own() -> None:
+    for of in BOTH:
+        handle = of.alloc(MOVEABLE, 12)
+        data = of.lock(handle)
+        write(data, b"hello world!")
+        for flags in (0, MOVEABLE, MODIFY, MODIFY | MOVEABLE):
+            expect(0, win32.ERROR_INVALID_HANDLE, of.realloc, data, 10, flags)
+        assert (of.handle(data), of.size(handle), read(of.lock(handle), 12)) == (handle, 12, b"hello world!")
+        of.free(handle)
+
+
 @holds("G-REALLOC-06", "G-REALLOC-37")
 def a_discarded_object_can_live_again() -> None:
     for of in BOTH:
