@@ -188,8 +188,15 @@ def mark_stopped(name: str) -> None:
 
 
 def clear_sockets(endpoint: Endpoint) -> None:
-    """Remove the socket files of a daemon that was killed."""
+    """Remove the socket files of a daemon that was killed. Raises: SegmentError if one cannot be removed."""
     for path in (endpoint.control_path, endpoint.work_path):
         for leftover in (path, path + SHUT_SUFFIX):
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 os.unlink(leftover)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise SegmentError(
+                    f"{leftover} is where a socket of the daemon goes, and cannot be removed: {error.strerror}; remove "
+                    f"it, or choose another --name or --runtime-dir"
+                ) from error

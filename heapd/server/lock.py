@@ -38,7 +38,10 @@ class DaemonLock:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except OSError as error:
-                raise SegmentError(f"the lock file {path} cannot be opened: {error.strerror}") from error
+                raise SegmentError(
+                    f"the lock file {path} cannot be opened: {error.strerror}; remove what is there, or choose another "
+                    f"--name or --runtime-dir"
+                ) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

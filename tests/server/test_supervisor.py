@@ -311,6 +311,18 @@ def test_a_segment_that_is_not_whole_is_replaced(
     assert second.status()["incarnation"] == 1
 
 
+def test_what_is_in_a_sockets_place_and_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    """A directory, say: one line says where and what to do, and nobody tries again."""
+    tmp_path.chmod(0o700)
+    endpoint = Endpoint(str(tmp_path), unique_name())
+    Path(endpoint.control_path).mkdir()
+    refused = serve(str(endpoint))
+    assert refused.returncode == 1
+    assert re.fullmatch(
+        rf"heapd: {endpoint.control_path} .*: Is a directory; remove it, or choose .*\n", refused.stderr
+    )
+
+
 def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
     """Another heapd may want it: one line says what it is and the two things to do about it."""
     first = start_daemon(name=name)
