@@ -95,6 +95,6 @@ def test_a_symlink_in_the_files_place_is_refused(endpoint: Endpoint, tmp_path: P
     """What it points to is not touched."""
     (tmp_path / "mine").write_text("mine")
     os.symlink(tmp_path / "mine", endpoint.lock_path)
-    with pytest.raises(SegmentError, match="cannot be opened: .*; remove what is there"):
+    with pytest.raises(SegmentError, match=r"cannot be opened: .*; remove what is there"):
         DaemonLock.acquire(endpoint)
     assert (tmp_path / "mine").read_text() == "mine"
