@@ -91,6 +91,18 @@ def daemon(start_daemon: StartDaemon) -> harness.Daemon:
     return start_daemon()
 
 
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[harness.Daemon]:
+    """A daemon that the module's tests share; it must end cleanly after them."""
+    harness.mark_run()
+    directory = Path(tempfile.mkdtemp(prefix="heapd-", dir="/tmp"))
+    daemon = harness.Daemon(directory, harness.unique_name())
+    daemon.status()
+    yield daemon
+    daemon.check_clean_end()
+    shutil.rmtree(directory)
+
+
 @pytest.fixture
 def session(daemon: harness.Daemon) -> Iterator[heapd_client.Session]:
     """A session to `daemon`."""

@@ -11,4 +11,5 @@ from scripts.benchmarks._harness import RESULTS
 if __name__ == "__main__":
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"sync-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
-    main(["bench", "sync", "--save", str(path), *sys.argv[1:]])
+    sys.argv[1:1] = ["bench", "sync"]  # as which the figures name the command
+    main([*sys.argv[1:], "--save", str(path)])

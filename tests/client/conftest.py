@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 import heapd_client as hc
-from tests.harness import Daemon, mark_run, unique_name
-
-
-@pytest.fixture(scope="module")
-def shared_daemon() -> Iterator[Daemon]:
-    """A daemon that the module's tests share; it must end cleanly after them."""
-    mark_run()
-    directory = Path(tempfile.mkdtemp(prefix="heapd-", dir="/tmp"))
-    daemon = Daemon(directory, unique_name())
-    daemon.status()
-    yield daemon
-    daemon.check_clean_end()
-    shutil.rmtree(directory)
+from tests.harness import Daemon
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -14,25 +11,13 @@ import pytest
 import heapd_client as hc
 from tests.arenas import private_arena
 from tests.conformance.subjects import InProcess, OverDaemon, Subject
-from tests.harness import Daemon, mark_run, unique_name
+from tests.harness import Daemon
 
 
 class MakeSubject(Protocol):
     """Makes the one heap of a test."""
 
     def __call__(self, *, maximum: int = 0, max_block: int = 0) -> Subject: ...
-
-
-@pytest.fixture(scope="module")
-def shared_daemon() -> Iterator[Daemon]:
-    """A daemon that the module's tests share; it must end cleanly after them."""
-    mark_run()
-    directory = Path(tempfile.mkdtemp(prefix="heapd-", dir="/tmp"))
-    daemon = Daemon(directory, unique_name())
-    daemon.status()
-    yield daemon
-    daemon.check_clean_end()
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(params=["in process", "serialized", "unserialized"])
