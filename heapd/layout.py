@@ -301,6 +301,7 @@ def page_word(words: memoryview, shape: ArenaShape, page: int) -> int:
 _HANDLE = struct.Struct("<16sQQQ")
 HandleFormatError: Final = struct.error  # what `unpack_handle` raises for bytes that are too many or too few
 unpack_handle: Final = _HANDLE.unpack
+_pack_handle: Final = _HANDLE.pack
 
 
 class Handle(NamedTuple):
@@ -319,7 +320,8 @@ class Handle(NamedTuple):
     generation: int
 
     def encode(self) -> bytes:
-        return _HANDLE.pack(*self)
+        instance, slot, address, generation = self
+        return _pack_handle(instance, slot, address, generation)
 
     @classmethod
     def decode(cls, data: bytes) -> Handle:

@@ -28,6 +28,7 @@ from heapd.wire import messages as ask
 
 from .block import Block
 from .hotpath import Lock, is_unseen, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
+from .stream import Stream
 
 if TYPE_CHECKING:
     from .heap import Heap
@@ -44,7 +45,8 @@ _FADE: Final = 1  # and of the rest one half is forgotten at each lease
 _CACHE_FLOOR: Final = 1 * MIB  # the bins of size classes together may hold this much ...
 _CACHE_SHIFT: Final = 2  # ... or 1/4 of what was in use at once
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
-_TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again
+_TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again;
+_CLAIM_PART: Final = 4  # one of large runs this part, or one block
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
 _PATIENCE: Final = 4  # slow calls before a bin gets a spare block, or another one
 _LEASE_PART: Final = 8  # one lease may take this part of what may still be leased,
@@ -65,8 +67,9 @@ class Bin:
     """Cached blocks of one extent.
 
     Fields: key, extent (bytes), form (of its state words), stack (cached blocks, freed last on top), limit (blocks at
-    which free asks; of large runs always), batch (of the last lease), leased (blocks, so far), emptied (times
-    since the last spare), spares (blocks); block_type, set_limit and take_count (see hotpath).
+    which free asks), batch (of the last lease), leased (blocks, so far), emptied (times
+    since the last spare), spares (blocks), stream (what the hot path takes blocks from; None: the stack); block_type,
+    set_limit and take_count (see hotpath).
     """
 
     __slots__ = (
@@ -81,6 +84,7 @@ class Bin:
         "set_limit",
         "spares",
         "stack",
+        "stream",
         "take_count",
     )
 
@@ -92,6 +96,7 @@ class Bin:
             kind = CLASSES[key]
             self.extent, self.form = kind.extent, RUN_WORD if kind.is_run else SLAB_WORD
         self.stack: list[Any] = []
+        self.stream: Stream | None = None
         self.block_type: type[Block] = Block
         self.set_limit: Callable[[int], None] = lambda blocks: None
         self.take_count: Callable[[], int] = lambda: 0
@@ -109,6 +114,11 @@ class Bin:
     def cached(self) -> int:
         """Bytes in the bin."""
         return len(self.stack) * self.extent
+
+    @property
+    def claimed(self) -> int:
+        """Bytes in the bin, or that free may fill it with before it asks."""
+        return max(len(self.stack), self.limit) * self.extent
 
     def may_replace(self, smaller: Bin) -> bool:
         """Whether blocks of this bin do for a smaller one: those of runs begin on a page, those of slabs do not."""
@@ -139,15 +149,14 @@ class FrontEnd:
         self._words = heap.mapping.words
         self._hot_lock = lock
         self._bins: dict[int, Bin] = {}
-        self._stack_of: dict[int, list[Any]] = {}
-        self._larger_of: dict[int, list[Any]] = {}
-        self._away_of: dict[int, dict[int, Any]] = {}
+        self._stack_of: dict[int, Any] = {}
+        self._larger_of: dict[int, Any] = {}
         self._take_count: Callable[[], int] = lambda: 0
         self.held = held
         self._peak = held  # of what was in use
         arguments = (self._words, heap.live_slot, live, self._stack_of, self._larger_of, heap.alloc_slow)
         if lock is None:
-            self.alloc = make_alloc(*arguments, self._away_of)
+            self.alloc = make_alloc(*arguments)
         else:
             self.alloc, self._take_count = make_locked_alloc(*arguments, lock)
 
@@ -159,12 +168,10 @@ class FrontEnd:
         key = class_index(size) if size <= MAX_CLASS_SIZE else _LARGE + pages_for(size)
         found = self._bins.get(key) or self._add_bin(key)
         if size > 0 and len(self._stack_of) < _MAX_SIZES:
-            self._stack_of[size + 15 >> 4] = found.stack
+            self._stack_of[size + 15 >> 4] = found.stream or found.stack
             larger = self._bins.get(key + 1)
             if larger is not None and larger.may_replace(found):
                 self._larger_of[size + 15 >> 4] = larger.stack
-            if found.form is RUN_WORD:
-                self._away_of[size + 15 >> 4] = self._heap.away.of(key)
         return found
 
     def _bin_of(self, extent: int) -> Bin:
@@ -183,9 +190,17 @@ class FrontEnd:
             new.block_type, new.set_limit, new.take_count = make_locked_block_type(*arguments, self._hot_lock)
         if new.form is RUN_WORD:
             new.block_type.handle = self._heap.away.handle_property(key, RUN_WORD.cached(self.session, 0))  # type: ignore[method-assign, assignment]
+        if new.is_large:
+            self._expect_stream(new)
         self._bins[key] = new
         self._set_limit(new, self._room(new))
         return new
+
+    def _expect_stream(self, bin_: Bin) -> None:
+        """Have the hot path look for runs that come home to the bin, and use a single one again and again. Costs those
+        a little who have many in the stack."""
+        if bin_.stream is None:
+            bin_.stream = Stream(self._words, bin_.stack, self._heap.away.of(bin_.key))
 
     def _drop_bins(self) -> None:
         """Forget the bins of large runs. Those that are allocated will come back as strangers."""
@@ -193,15 +208,17 @@ class FrontEnd:
         self._heap.count_acquisitions(self.take_count())
         self._stack_of.clear()
         self._larger_of.clear()
-        self._away_of.clear()
         for bin_ in doomed:
             del self._bins[bin_.key]
         self._give_back([block for bin_ in doomed for block in bin_.stack])
 
     def _room(self, bin_: Bin) -> int:
         """Bytes that the bins of this one's kind may still take together; negative if they hold too much."""
-        total = _LARGE_CACHE if bin_.is_large else max(_CACHE_FLOOR, self._peak >> _CACHE_SHIFT)
-        return total - sum(other.cached for other in self if other.is_large == bin_.is_large)
+        if bin_.is_large:  # few blocks exceed what all may hold: what a bin was promised counts
+            others = sum(other.claimed for other in self if other.is_large and other is not bin_)
+            return _LARGE_CACHE - bin_.cached - others
+        total = max(_CACHE_FLOOR, self._peak >> _CACHE_SHIFT)
+        return total - sum(other.cached for other in self if not other.is_large)
 
     def _slack(self, more: int) -> int:
         """Bytes that may be leased besides the `more` that are about to be used; negative if too much is held.
@@ -221,6 +238,11 @@ class FrontEnd:
         """Let free push so many blocks more, of the `room` left, before it asks again."""
         if not bin_.is_large:
             bin_.set(max(len(bin_.stack) + max(room // _TICKET // bin_.extent, 1), 2))
+        elif self._heap.releases_large and bin_.extent >= MIB:
+            bin_.set(0)
+        else:
+            blocks = max(room // bin_.extent, 0)
+            bin_.set(len(bin_.stack) + max(blocks // _CLAIM_PART, min(blocks, 1)))
 
     # -- alloc -------------------------------------------------------------------------------------------------------
     def allocate(self, size: int, zero: bool, popped: Block | None) -> Block:
@@ -332,7 +354,10 @@ class FrontEnd:
 
     def _collect(self, bin_: Bin) -> None:
         """Put runs in their bin that other sessions have freed to this one."""
-        for block in self._heap.away.collect(bin_.key):
+        found = self._heap.away.collect(bin_.key)
+        if found:
+            self._expect_stream(bin_)
+        for block in found:
             if type(block) is not bin_.block_type or getrefcount(block) > _COLLECTED or not is_unseen(block):
                 block = self._make(bin_, block.slot, block.address, bin_.form.generation(block._base))
             block._word = 0
@@ -370,7 +395,7 @@ class FrontEnd:
         base = bin_.form.cached(self.session, generation)
         if bin_.form.session(word) != self.session:
             self.held += bin_.extent
-        if bin_.is_large or len(bin_.stack) >= bin_.limit:
+        if len(bin_.stack) >= bin_.limit:
             self._make_room(bin_)
         cached.extent, cached._base = bin_.extent, base
         block._word = cached._word = 0
@@ -381,9 +406,13 @@ class FrontEnd:
 
     def _make_room(self, bin_: Bin) -> None:
         """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""
+        kin = [other for other in self if other.is_large == bin_.is_large]
+        if bin_.is_large and self._room(bin_) <= bin_.extent:
+            for other in kin:
+                other.set(0)
         room = self._room(bin_)
         if room <= bin_.extent:
-            room += self._shed(bin_.extent - room, [other for other in self if other.is_large == bin_.is_large])
+            room += self._shed(bin_.extent - room, kin)
         self._set_limit(bin_, room)
 
     def _shed(self, size: int, bins: Iterable[Bin] | None = None) -> int:
@@ -423,7 +452,6 @@ class FrontEnd:
         self.stop_frees()
         self._stack_of.clear()
         self._larger_of.clear()
-        self._away_of.clear()
         addresses = []
         for bin_ in self:
             addresses += [block.address for block in bin_.stack]

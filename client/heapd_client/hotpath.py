@@ -15,8 +15,7 @@ are closures, not methods, and each trick is here for its nanoseconds (scripts/b
 - `larger_of` has the stack of the next larger bin, for the moments when there is nothing to take from the own one.
   Where sizes are mixed that is one alloc in five, and the slow path takes 4 us. An exception takes 400 ns, but only
   when it is raised; a look at the length before would take 30 ns always.
-- `away_of` has the runs of that bin that were handed out (homing.py). The one that is out longest may be back: then its
-  word is its `_base`, and it is taken without having been in any list. A stream of frames lives on this.
+- In place of a stack of runs `stack_of` may have a `Stream` (stream.py), whose `pop` also finds those that come home.
 - A cached block's word (`_base`) becomes BUSY by adding the size, and CACHED again by being stored (layout.py). Its
   generation need not change: no handle was made of it, or `_word` were negated and the slow path would see to it.
 - `free` compares the arena's word with `_word`: a double free, a handle made, a free by someone else all differ.
@@ -61,11 +60,9 @@ SlowAlloc = Callable[[int, bool, Any], Block]  # size, zero, a cached block that
 SlowFree = Callable[[Any], None]
 SetLimit = Callable[[int], None]
 TakeCount = Callable[[], int]
-StackOf = dict[int, list[Any]]
+StackOf = dict[int, Any]  # to something with a `pop`: list[Any] or Stream
 
 _NO_SIZE: Final = (TypeError, OverflowError)  # the size is none, such as 64.0, or numpy's
-
-_NOT_AWAY: Final = (*_NO_SIZE, LookupError, StopIteration, RuntimeError)  # none is, or another thread looks, too
 
 
 def make_alloc(
@@ -75,7 +72,6 @@ def make_alloc(
     stack_of: StackOf,
     larger_of: StackOf,
     slow: SlowAlloc,
-    away_of: dict[int, dict[int, Any]],
 ) -> Alloc:
     """The alloc of an unserialized heap, good while the heap's live word is `live`."""
 
@@ -93,28 +89,7 @@ def make_alloc(
                 words[block.slot] = word
                 return block  # type: ignore[no-any-return]
         except LookupError:
-            try:
-                away = away_of[size + 15 >> 4]
-                block = away.pop(next(iter(away)))
-                tail, page = block._tail
-                if (
-                    words[block.slot] == block._base
-                    and words[tail] == page
-                    and getrefcount(block) == 2
-                    and (block._view is None or is_unseen(block))
-                ):
-                    word = block._base + size
-                    exporter = block._exporter
-                    block._seen = word if exporter is not None and exporter.nbytes == size else None
-                    block._word = words[block.slot] = word
-                    return block  # type: ignore[no-any-return]
-                away[block.slot] = block
-            except BaseException as error:
-                if block is not None:
-                    away[block.slot] = block
-                if not isinstance(error, _NOT_AWAY):
-                    raise
-            block = None
+            pass
         except BaseException as error:
             _put_back(stack_of, block)
             if not isinstance(error, _NO_SIZE):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from pickle import PickleBuffer
 from typing import Any
 
 import pytest
@@ -17,126 +16,9 @@ import pytest
 from heapd.layout import BUSY, CACHED, SLAB_WORD
 from heapd_client import hotpath
 from heapd_client.block import Block
-from heapd_client.hotpath import Lock, is_quiet, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
+from heapd_client.hotpath import is_quiet, make_alloc
+from tests.client.rig import CACHED_WORD, LARGER, LIVE, LIVE_SLOT, SESSION, SIZE, Odd, Rig, Stack
 from tests.client.tools import Interrupt
-
-LIVE_SLOT, LIVE, SESSION, SIZE = 0, 3, 5, 64
-LARGER = 80  # the extent of the next larger bin
-CACHED_WORD = SLAB_WORD.cached(SESSION, 9)
-
-
-class Stack(list[Any]):
-    """A bin's list; `after` runs when pop or append has done its work, `before` before a pop; each once."""
-
-    after: Callable[[], None] | None = None
-    before: Callable[[], None] | None = None
-
-    def pop(self, index: Any = -1) -> Any:
-        before, self.before = self.before, None
-        if before is not None:
-            before()
-        block = super().pop(index)
-        self.run()
-        return block
-
-    def append(self, block: Any) -> None:
-        super().append(block)
-        self.run()
-
-    def run(self) -> None:
-        after, self.after = self.after, None
-        if after is not None:
-            after()
-
-
-class Rig:
-    """A bin, the next larger one, and their hot functions.
-
-    Fields: words, stack, larger (the larger bin's stack; at first empty), slow (calls of the slow path: what was
-    passed), depth (of a make-believe mutex), `at` (what runs after trylock or unlock, once, by name).
-    """
-
-    def __init__(self, *, locked: bool, blocks: int = 4) -> None:
-        self.words = memoryview(bytearray(8 * 64)).cast("Q")
-        self.words[LIVE_SLOT] = LIVE
-        self.stack, self.larger = Stack(), Stack()
-        self.stack_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.stack}
-        self.larger_of: dict[int, list[Any]] = {SIZE + 15 >> 4: self.larger}
-        self.away: dict[int, Any] = {}
-        self.slow: list[Any] = []
-        self.depth = 0
-        self.at: dict[str, Callable[[], None]] = {}
-        self.busy_for_now = False
-        self.lock = Lock(self.trylock, self.unlock, self.settle, self.undo) if locked else None
-        self.take_counts: list[Callable[[], int]] = []
-        arguments = (self.words, LIVE_SLOT, LIVE, self.stack_of, self.larger_of, self.slow_alloc)
-        if self.lock is None:
-            self.alloc = make_alloc(*arguments, {SIZE + 15 >> 4: self.away})
-        else:
-            self.alloc, count = make_locked_alloc(*arguments, self.lock)
-            self.take_counts.append(count)
-        self.kind, self.set_limit = self.make_kind(self.stack)
-        self.larger_kind, _ = self.make_kind(self.larger)
-        for number in range(blocks):
-            list.append(self.stack, self.make_block(self.kind, number, SIZE))
-
-    def make_kind(self, stack: list[Any]) -> tuple[type[Block], Callable[[int], None]]:
-        """The Block type of a bin that may hold ten blocks, and what sets another limit."""
-        arguments = (self.words, LIVE_SLOT, LIVE, stack, self.slow_free)
-        if self.lock is None:
-            kind, set_limit = make_block_type(*arguments)
-        else:
-            kind, set_limit, count = make_locked_block_type(*arguments, self.lock)
-            self.take_counts.append(count)
-        set_limit(10)
-        return kind, set_limit
-
-    def make_block(self, kind: type[Block], number: int, extent: int) -> Block:
-        """A cached block; its state word is that of the slot 8 + `number`."""
-        block = kind(None, 8 + number, 4096 * number, extent, 0)  # type: ignore[arg-type]
-        block._base = self.words[block.slot] = CACHED_WORD
-        return block
-
-    def fill_larger(self, blocks: int) -> None:
-        """Have blocks in the larger bin, and none in the own one."""
-        self.stack.clear()
-        for number in range(blocks):
-            list.append(self.larger, self.make_block(self.larger_kind, 16 + number, LARGER))
-
-    def run(self, name: str) -> None:
-        action = self.at.pop(name, None)
-        if action is not None:
-            action()
-
-    def trylock(self) -> int:
-        if self.busy_for_now:
-            self.busy_for_now = False
-            return 16
-        self.depth += 1
-        self.run("trylock")
-        return 0
-
-    def unlock(self) -> int:
-        self.depth -= 1
-        self.run("unlock")
-        return 0
-
-    def settle(self, status: int) -> None:
-        self.depth += 1
-        self.run("settle")
-
-    def undo(self, status: int | None) -> None:
-        if status is None or status >= 0:
-            self.depth = 0
-
-    def slow_alloc(self, size: int, zero: bool, popped: Any) -> Any:
-        self.slow.append((size, zero, popped))
-
-    def slow_free(self, block: Any) -> None:
-        self.slow.append(block)
-
-    def state(self, block: Block) -> int:
-        return SLAB_WORD.state(self.words[block.slot])
 
 
 @pytest.fixture(params=["locked", "unlocked"])
@@ -192,13 +74,6 @@ def test_a_size_that_is_no_key_is_left_to_the_slow_path(rig: Rig, size: object) 
     rig.alloc(size)
     assert rig.slow == [(size, False, None)]
     assert (len(rig.stack), rig.depth) == (4, 0)
-
-
-class Odd(int):
-    """An int that finds the bin, and then is not to be added to a word."""
-
-    def __radd__(self, other: int) -> Any:
-        raise OverflowError("as numpy's do")
 
 
 def test_a_key_that_is_no_size_changes_nothing(rig: Rig) -> None:
@@ -554,86 +429,6 @@ def test_a_slow_path_below_alloc_is_harmless(rig: Rig) -> None:
     def slow(size: int, zero: bool, popped: Any) -> None:
         told.append(is_quiet({slow.__code__}))
 
-    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, rig.larger_of, slow, {})  # type: ignore[arg-type]
+    alloc = make_alloc(rig.words, LIVE_SLOT, LIVE, rig.stack_of, rig.larger_of, slow)  # type: ignore[arg-type]
     alloc(1)
     assert told == [True]
-
-
-# -- runs that were handed out -----------------------------------------------------------------------------------------
-@pytest.fixture
-def handed_out() -> Rig:
-    """A rig with nothing cached, and blocks 0 and 1 handed out: BUSY, with what their words are to be once home."""
-    rig = Rig(locked=False, blocks=0)
-    for number in range(2):
-        block = rig.make_block(rig.kind, number, SIZE)
-        rig.words[block.slot] = SLAB_WORD.busy(SESSION, 8, SIZE)
-        block._word = -rig.words[block.slot]
-        block._tail = (40 + number, 7)
-        rig.words[40 + number] = 7
-        rig.away[block.slot] = block
-        del block
-    return rig
-
-
-def come_home(rig: Rig, slot: int) -> None:
-    rig.words[slot] = CACHED_WORD
-
-
-def test_alloc_takes_a_block_that_came_home(handed_out: Rig) -> None:
-    """The one that was out longest, without a list in between; it is no longer away."""
-    come_home(handed_out, 8)
-    block = handed_out.alloc(SIZE)
-    assert (block.slot, handed_out.state(block)) == (8, BUSY)
-    assert block._word == handed_out.words[8] == CACHED_WORD + SIZE
-    assert list(handed_out.away) == [9]
-
-
-def test_a_block_that_is_still_out_stays_so(handed_out: Rig) -> None:
-    """It is looked at last the next time; the slow path decides."""
-    before = handed_out.words[8]
-    handed_out.alloc(SIZE)
-    assert handed_out.slow == [(SIZE, False, None)]
-    assert handed_out.words[8] == before
-    assert list(handed_out.away) == [9, 8]
-
-
-@pytest.mark.parametrize("what", ["shortened", "referred to", "its view referred to"])
-def test_a_block_that_is_not_as_it_was_is_left_to_the_slow_path(handed_out: Rig, what: str) -> None:
-    """Another process shortened the run; or somebody here still has the object, or a view of it."""
-    come_home(handed_out, 8)
-    kept: Any = None
-    if what == "shortened":
-        handed_out.words[40] = 6
-    elif what == "referred to":
-        kept = handed_out.away[8]
-    else:
-        block = handed_out.away[8]
-        block._exporter = memoryview(bytearray(SIZE))
-        block._buffer = PickleBuffer(block._exporter)
-        kept = block._view = memoryview(block._buffer)
-        del block
-    handed_out.alloc(SIZE)
-    assert handed_out.slow == [(SIZE, False, None)]
-    assert handed_out.words[8] == CACHED_WORD
-    assert 8 in handed_out.away
-    del kept
-
-
-def test_an_interrupt_there_leaves_the_block_away(handed_out: Rig, count_references: list[Callable[[], None]]) -> None:
-    """It is found the next time."""
-    come_home(handed_out, 8)
-    count_references.append(interrupt)
-    with pytest.raises(Interrupt):
-        handed_out.alloc(SIZE)
-    assert handed_out.words[8] == CACHED_WORD
-    assert sorted(handed_out.away) == [8, 9]
-    assert handed_out.stack == []
-
-
-def test_a_size_that_is_none_leaves_the_block_away(handed_out: Rig) -> None:
-    """As one that finds the bin, and then is not to be added to a word."""
-    come_home(handed_out, 8)
-    handed_out.alloc(Odd(SIZE))
-    assert len(handed_out.slow) == 1
-    assert handed_out.words[8] == CACHED_WORD
-    assert sorted(handed_out.away) == [8, 9]
