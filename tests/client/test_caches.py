@@ -11,6 +11,7 @@ import heapd_client as hc
 from heapd.layout import H_COMMITTED
 from heapd.units import KIB, MIB
 from heapd.wire.messages import HeapGiveBack, HeapLease, Request
+from heapd_client.frontend import FrontEnd
 
 Requests = list[Request]
 
@@ -161,6 +162,41 @@ def test_frames_of_equal_size_are_cached_whatever_their_size(heap: hc.Heap, requ
         for frame in frames:
             frame.free()
     assert requests == []
+
+
+@pytest.mark.parametrize("size", [100_000, 6 * MIB])
+def test_a_large_block_allocated_and_freed_in_turn_takes_no_slow_path(
+    heap: hc.Heap, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """It goes round: the same memory each time, whatever it was used for."""
+    block = heap.alloc(size)
+    address = block.address
+    block.free()
+    slow: list[str] = []
+    for name in ("allocate", "take_back"):
+        monkeypatch.setattr(FrontEnd, name, lambda *_, name=name: slow.append(name))
+    for number in range(20):
+        block = heap.alloc(size)
+        block.view[-1] = number
+        assert block.address == address
+        block.free()
+    assert slow == []
+
+
+def test_large_caches_together_keep_their_bound(heap: hc.Heap) -> None:
+    """64 MiB, however many sizes were promised a part of it."""
+    sizes = [MIB + 100_000 * number for number in range(40)]
+    for order in (sizes, sizes[::-1], sizes):
+        for block in [heap.alloc(size) for size in order]:
+            block.free()
+        assert 32 * MIB < heap.statistics().cached <= 64 * MIB
+
+
+def test_a_block_larger_than_all_caches_goes_back_at_once(heap: hc.Heap) -> None:
+    """No bin is promised room that it has not."""
+    for _ in range(3):
+        heap.alloc(65 * MIB).free()
+        assert heap.statistics().cached == 0
 
 
 def test_what_is_given_back_lies_at_the_highest_addresses(heap: hc.Heap, requests: Requests) -> None:
