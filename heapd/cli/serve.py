@@ -39,6 +39,9 @@ __all__ = ["serve"]
               help="End by itself that long after the last session, unless a persistent heap lives.")  # fmt: skip
 @click.option("--restarts", type=click.IntRange(min=0), default=100, show_default=True,
               help="How often in a minute a server process that dies is started again; 0: no supervisor.")  # fmt: skip
+@click.option("--watchdog", type=Seconds(min=0), metavar="SECONDS", default=30, show_default=True,
+              callback=lambda ctx, param, value: _silence(value),
+              help="When its loop has not turned for so long, a server is killed and replaced; 0: never.")  # fmt: skip
 @click.option("--metrics", type=click.IntRange(0, 65535), metavar="PORT",
               help="Prometheus metrics at http://127.0.0.1:PORT/metrics; 0: any free port, see the log.")  # fmt: skip
 @click.option("--ledger/--no-ledger", default=True, hidden=True)  # for scripts/bench ledger
@@ -58,6 +61,7 @@ def serve(
     session_quota: int | None,
     idle_exit: float | None,
     restarts: int,
+    watchdog: float,
     metrics: int | None,
     ledger: bool,
     log_level: str,
@@ -89,6 +93,7 @@ def serve(
             session_quota=session_quota or 0,
             idle_exit_s=idle_exit,
             restarts=restarts,
+            watchdog_s=watchdog,
             metrics_port=metrics,
             until_eof_fd=until_eof,
             has_ledger=ledger,
@@ -117,6 +122,13 @@ def _gid(group: str | None) -> int | None:
         return grp.getgrnam(group).gr_gid
     except KeyError:
         raise click.BadParameter(f"there is no group {group!r}") from None
+
+
+def _silence(seconds: float) -> float:
+    """The watchdog's. Raises: click.BadParameter if a server that only waits for work would look silent."""
+    if 0 < seconds < 1:
+        raise click.BadParameter(f"{seconds:g} is too short: a busy machine may pause for that long; 1 or more, or 0")
+    return seconds
 
 
 def _check_pipe(descriptor: int) -> None:

@@ -26,6 +26,9 @@ class Config:
         idle_exit_s           ends by itself this long after its last session, None: never
         restarts              times in a minute that a server that died is started again, 0: it has no supervisor
                               (arbitrary: one that dies at once, again and again, gets there within the minute)
+        watchdog_s            seconds without a turn of its loop after which a server is killed, 0: never (longer than
+                              clients wait by default: a request that hangs whoever reads it is then not sent to the
+                              next server)
         metrics_port          of loopback, for Prometheus over HTTP, 0: any free one, None: no HTTP
         until_eof_fd          the daemon ends when this reads end of file, None: there is nobody whose end is its own
         has_ledger            False: nothing outlives the server process, for a benchmark to compare with
@@ -48,6 +51,7 @@ class Config:
     session_quota: int = 0
     idle_exit_s: float | None = None
     restarts: int = 100
+    watchdog_s: float = 30.0
     metrics_port: int | None = None
     until_eof_fd: int | None = None
     has_ledger: bool = True

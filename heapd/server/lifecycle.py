@@ -94,7 +94,7 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
         if link is None:
             say_ready(config)
         else:
-            loop.watch_supervisor(link.fileno(), lock.take_over)
+            loop.watch_supervisor(link)
             link.say(READY)
         loop.run()
         log.info("stopping %s", endpoint)

@@ -29,6 +29,7 @@ from heapd.server.config import Config
 from heapd.server.credentials import ClientProcess, MessageCaller, ProcessTable, connection_of, cut_off, peer_address
 from heapd.server.gate import Gate
 from heapd.server.guards import DescriptorGuard, MemoryGuard
+from heapd.server.link import SupervisorLink
 from heapd.service import Answer, Deferred, RunningJob, Service
 from heapd.wire import encode_error
 
@@ -79,20 +80,23 @@ class Loop:
         self._next_tick = 0
         self._idle_since: int | None = None
         self._is_stopping = False
+        self._supervisor: SupervisorLink | None = None
         for name in _COUNTERS:
             service.counters[name] = 0
         self.watch(wakeup, lambda: os.read(wakeup, 4096))
         self._watch_gates()
 
-    def watch_supervisor(self, pipe: int, orphaned: Callable[[], object]) -> None:
-        """Go on if the supervisor dies, whose end of `pipe` then closes, and call `orphaned`."""
+    def watch_supervisor(self, link: SupervisorLink) -> None:
+        """Show it at each tick that this loop turns. If it dies, go on, and take its lock over."""
 
         def notice() -> None:
-            self._unwatch(pipe)
+            self._unwatch(link.fileno())
+            self._supervisor = None
             log.warning("the supervisor has died; this server goes on, and nobody will start it again")
-            orphaned()
+            link.lock.take_over()
 
-        self.watch(pipe, notice)
+        self._supervisor = link
+        self.watch(link.fileno(), notice)
 
     def readmit(self, sessions: Iterable[Session]) -> None:
         """Take over the sessions of an earlier server, and end first those whose process has died since.
@@ -323,6 +327,8 @@ class Loop:
     # -- guards and timers -------------------------------------------------------------------------------------------
     def _tick(self, now_ns: int) -> None:
         self._next_tick = now_ns + self._tick_ns
+        if self._supervisor is not None:
+            self._supervisor.beat()
         self._forget_idle()
         self._jobs.extend(self._service.take_chores())
         if self._memory.has_grown():

@@ -5,6 +5,7 @@ so a restart costs what adopting the arena costs, and no start of an interpreter
 endpoint's lock, so that nobody else takes the endpoint between a death and the restart, or while either one lives.
 
     server ends with 0            stopped on purpose, nothing of it is left: the supervisor ends, too
+    server hangs                  killed, after `Config.watchdog_s` in which its loop did not turn: that is a death, too
     server dies                   logged with its reason; another one is started, which adopts the arena
     ... after it said "stopping"  the supervisor removes what is left, and ends
     ... too often in a while      the supervisor gives up; the arena stays for whoever starts the daemon again
@@ -33,8 +34,9 @@ from heapd.errors import DaemonLostError, HeapdError, SegmentError
 from heapd.server.config import Config
 from heapd.server.leftovers import discard
 from heapd.server.lifecycle import STOP_SIGNALS, prepare_directory, say_ready, serve
-from heapd.server.link import READY, STOPPING, SupervisorLink
+from heapd.server.link import READY, STOPPING, Pulse, SupervisorLink
 from heapd.server.lock import DaemonLock
+from heapd.server.watchdog import Watchdog
 
 __all__ = ["supervise"]
 
@@ -70,7 +72,8 @@ class Life:
     """One server process, from its fork to its end.
 
     Fields: pid, pidfd, words (what it says: READY, STOPPING, or the error it ends with), status (its wait status once
-    it has ended), ready_at (monotonic seconds, None before), is_stopping, error.
+    it has ended), ready_at (monotonic seconds, None before), watchdog (from then on, until it stops), is_stopping,
+    is_hung (and is being killed for that), error.
     """
 
     pid: int
@@ -78,7 +81,9 @@ class Life:
     words: Connection
     status: int | None = None
     ready_at: float | None = None
+    watchdog: Watchdog | None = None
     is_stopping: bool = False
+    is_hung: bool = False
     error: HeapdError | None = None
 
     @property
@@ -87,7 +92,7 @@ class Life:
         assert self.status is not None
         code = os.waitstatus_to_exitcode(self.status)
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            return f"{'hung and ' if self.is_hung else ''}was killed by {signal.Signals(-code).name}"
         return f"ended with exit code {code}" + (f": {self.error}" if self.error else "")
 
 
@@ -101,6 +106,7 @@ class Supervisor:
         self._stop_signal: int | None = None
         self._deaths: deque[float] = deque()  # within the window
         self._short_lives = 0  # in a row
+        self._pulse = Pulse()
         self._wakeup = socket.socketpair()
         for end in self._wakeup:
             end.setblocking(False)
@@ -140,13 +146,16 @@ class Supervisor:
             if self._stop_signal is not None:
                 signal.pidfd_send_signal(life.pidfd, self._stop_signal)
             while life.status is None:
-                ready = wait([*([] if life.words.closed else [life.words]), life.pidfd, self._wakeup[0]])
+                pause_s = life.watchdog.pause_s if life.watchdog is not None else None
+                ready = wait([*([] if life.words.closed else [life.words]), life.pidfd, self._wakeup[0]], pause_s)
                 if self._wakeup[0] in ready:
                     self._pass_signals_on(life)
                 self._listen(life)
                 if life.pidfd in ready:
                     self._listen(life)  # its last words may have come after those above
                     _, life.status = os.waitpid(life.pid, 0)
+                elif life.watchdog is not None and life.watchdog.is_alarmed():
+                    self._kill_hung(life, life.watchdog)
         finally:
             life.words.close()
             os.close(life.pidfd)
@@ -161,7 +170,7 @@ class Supervisor:
             pid = os.fork()
             if not pid:
                 ours.close()
-                self._be_server(SupervisorLink(theirs, self._lock), blocked)
+                self._be_server(SupervisorLink(theirs, self._lock, self._pulse), blocked)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
@@ -197,6 +206,21 @@ class Supervisor:
                     stream.flush()
             os._exit(status)
 
+    def _kill_hung(self, life: Life, watchdog: Watchdog) -> None:
+        """End a server that hangs: first by SIGABRT, at which it writes down where; if it still is there at the next
+        look, by what nobody can refuse."""
+        number = signal.SIGKILL if life.is_hung else signal.SIGABRT
+        if not life.is_hung:
+            life.is_hung = True
+            log.error(
+                "the server process %d hangs: its loop has not turned for %g s, and the kernel says %s; killing it",
+                life.pid,
+                self._config.watchdog_s,
+                watchdog.describe(),
+            )
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(life.pidfd, number)
+
     def _listen(self, life: Life) -> None:
         """Take what the server says."""
         try:
@@ -204,11 +228,12 @@ class Supervisor:
                 said: Any = life.words.recv()
                 if said == READY:
                     life.ready_at = time.monotonic()
+                    life.watchdog = Watchdog(life.pid, self._pulse, self._config.watchdog_s)
                     if not self._was_ready:
                         self._was_ready = True
                         say_ready(self._config)
                 elif said == STOPPING:
-                    life.is_stopping = True
+                    life.is_stopping, life.watchdog = True, None  # to give much memory back takes a while
                 elif isinstance(said, HeapdError):
                     life.error = said
         except EOFError:  # it is about to end

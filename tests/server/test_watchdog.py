@@ -1,0 +1,176 @@
+"""A server that hangs without dying is killed and replaced; one that is merely stopped with its supervisor, held by a
+debugger, or long in starting is not."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import heapd_client as hc
+from heapd.cli import main
+from heapd.server.link import Pulse
+from heapd.server.watchdog import Watchdog
+from tests.conftest import StartDaemon
+from tests.harness import Daemon, is_alive, unique_name, wait_until
+
+_SILENCE_S = 1.0  # the shortest that may be asked for
+_OPTIONS = ("--watchdog", str(_SILENCE_S))
+_PTRACE_DETACH, _PTRACE_SEIZE, _PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+
+
+def wait_for_another(daemon: Daemon, pid: int) -> None:
+    wait_until(lambda: daemon.pid != pid, what="another server")
+
+
+# -- the whole daemon ------------------------------------------------------------------------------------------------
+def test_a_server_that_was_stopped_by_mistake_is_killed_and_replaced(start_daemon: StartDaemon) -> None:
+    """A client that waits goes on as after a crash; the log says why, and the restart counts as one."""
+    daemon = start_daemon(*_OPTIONS)
+    pid = daemon.pid
+    with hc.connect(daemon.endpoint, autostart=False, timeout=60) as session:
+        heap = session.create_heap("work")
+        block = heap.alloc(1000)
+        block.view[:4] = b"kept"
+        os.kill(pid, signal.SIGSTOP)
+        heap.publish("it", block)
+        assert session.daemon_pid != pid
+        assert bytes(heap.lookup("it").view[:4]) == b"kept"
+    assert not is_alive(pid)
+    assert daemon.status()["restarts"] == 1
+    assert re.search(
+        rf"ERROR heapd.supervisor: the server process {pid} hangs: its loop has not turned for 1 s, and the kernel "
+        r"says T \(stopped\); killing it\n.*"
+        rf"ERROR heapd.supervisor: the server process {pid} hung and was killed by SIGKILL after .* starting another",
+        daemon.log,
+        re.DOTALL,
+    )
+
+
+def test_a_server_in_an_endless_loop_says_where_before_it_is_killed(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The stack of its threads is in the log: it was the request for its status."""
+    monkeypatch.setenv("HEAPD_TEST_HANG", str(tmp_path / "hang"))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hanging'}:{os.environ.get('PYTHONPATH', '')}")
+    daemon = start_daemon(*_OPTIONS)
+    pid = daemon.pid
+    (tmp_path / "hang").touch()
+    wait_for_another(daemon, pid)
+    assert f"the server process {pid} hung and was killed by SIGABRT" in daemon.log
+    assert re.search(r'File ".*sitecustomize.py", line \d+ in status_or_hang\n', daemon.log)
+
+
+def test_a_server_that_hangs_while_it_is_to_stop_is_tidied_up_after(start_daemon: StartDaemon) -> None:
+    """SIGTERM reaches it no more; nothing of it is left all the same."""
+    daemon = start_daemon(*_OPTIONS)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    assert daemon.stop() == 0
+    assert daemon.segments() == []
+
+
+def test_a_tree_that_was_stopped_goes_on_with_its_server(start_daemon: StartDaemon) -> None:
+    """Ctrl-Z, and fg later than the watchdog bears: the supervisor, which goes on first, does not count the time."""
+    daemon = start_daemon(*_OPTIONS)
+    pid = daemon.pid
+    for process in (daemon.process.pid, pid):
+        os.kill(process, signal.SIGSTOP)
+    time.sleep(2 * _SILENCE_S)  # what passes is what is tested
+    for process in (daemon.process.pid, pid):
+        os.kill(process, signal.SIGCONT)
+    time.sleep(_SILENCE_S / 2)
+    assert (daemon.pid, daemon.status()["restarts"]) == (pid, 0)
+
+
+def test_a_server_that_a_debugger_holds_is_left_to_it(start_daemon: StartDaemon) -> None:
+    """However long it stands at a breakpoint; it goes on when it is let go."""
+    daemon = start_daemon(*_OPTIONS)
+    pid = daemon.pid
+    with held_by_debugger(pid):
+        time.sleep(2 * _SILENCE_S)  # what passes is what is tested
+    assert (daemon.pid, daemon.status()["restarts"]) == (pid, 0)
+
+
+@contextmanager
+def held_by_debugger(pid: int) -> Iterator[None]:
+    """While inside, the process's main thread is stopped, as a debugger stops it."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    ptrace.restype = ctypes.c_long
+    if ptrace(_PTRACE_SEIZE, pid, None, None):
+        pytest.skip(f"this machine lets nobody trace: {os.strerror(ctypes.get_errno())}")
+    assert ptrace(_PTRACE_INTERRUPT, pid, None, None) == 0
+    os.waitpid(pid, 0x40000000)  # __WALL: its stop
+    try:
+        yield
+    finally:
+        assert ptrace(_PTRACE_DETACH, pid, None, None) == 0
+
+
+def test_a_silence_too_short_to_tell_is_refused() -> None:
+    """A server that only waits for work turns its loop four times a second."""
+    refused = CliRunner().invoke(main, ["serve", "--name", unique_name(), "--watchdog", "0.5"])
+    assert refused.exit_code == 2
+    assert "0.5 is too short" in refused.stderr
+
+
+# -- the watchdog alone ----------------------------------------------------------------------------------------------
+class Watch:
+    """A watchdog with a clock of its own, over this process. Fields: now, pulse, dog."""
+
+    def __init__(self, silence_s: float = 8.0) -> None:
+        self.now = 100.0
+        self.pulse = Pulse()
+        self.dog = Watchdog(os.getpid(), self.pulse, silence_s, lambda: self.now)
+
+    def looks(self, count: int, pause_s: float = 1.0) -> list[bool]:
+        """What it says at each of so many looks, so far apart."""
+        found = []
+        for _ in range(count):
+            self.now += pause_s
+            found.append(self.dog.is_alarmed())
+        return found
+
+
+def test_the_alarm_comes_after_the_silence_and_stays() -> None:
+    """Eight looks without a beat; and again at each look after, as whoever is to be killed may take its time."""
+    watch = Watch()
+    assert watch.looks(10) == [False] * 7 + [True] * 3
+
+
+def test_a_beat_begins_the_silence_anew() -> None:
+    """However little before the alarm it comes."""
+    watch = Watch()
+    assert not any(watch.looks(7))
+    watch.pulse.beat()
+    assert watch.looks(9) == [False] * 8 + [True]
+
+
+def test_a_look_that_comes_late_counts_once() -> None:
+    """The supervisor was stopped itself, or the machine was: what passed meanwhile is nobody's silence."""
+    watch = Watch()
+    assert watch.looks(1, pause_s=3600) == [False]
+    assert watch.looks(7) == [False] * 6 + [True]
+
+
+def test_whoever_asks_often_is_answered_at_the_looks_alone() -> None:
+    """The supervisor is woken by other things, too."""
+    watch = Watch()
+    assert not any(watch.looks(60, pause_s=0.125))
+    assert watch.dog.pause_s == 0.5
+    assert watch.looks(8, pause_s=0.125) == [False] * 3 + [True] + [False] * 4
+
+
+def test_no_silence_is_no_watchdog() -> None:
+    """`--watchdog 0`: nothing to wait for, and no alarm ever."""
+    watch = Watch(silence_s=0.0)
+    assert watch.dog.pause_s is None
+    assert not any(watch.looks(100))
