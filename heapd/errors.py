@@ -120,7 +120,8 @@ class HeapFullError(HeapdError, MemoryError):
 
     `requested` and `used` are bytes; `limit` is the bound that was met, in bytes; `bound` says which one it was:
     "reserve" (address space of the arena), "commit" (the daemon's commit limit), "memory" (what the machine, its
-    /dev/shm or its cgroup has left), "heap" (the heap's maximum), "quota" and "heap-quota" (see QuotaError).
+    /dev/shm or its cgroup has left), "heap" (the heap's maximum), "quota" and "heap-quota" (see QuotaError). Where it
+    is the daemon's own records that find no memory, `requested` is what they lack.
     """
 
     code = 10

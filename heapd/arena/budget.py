@@ -11,18 +11,21 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from heapd.errors import HeapFullError
 from heapd.units import MIB
 
-__all__ = ["Budget", "Headroom", "default_commit_limit", "measure_headroom"]
+__all__ = ["SHM_ADVICE", "Budget", "Headroom", "default_commit_limit", "measure_headroom", "shm_left"]
 
 _FRESH_NS = 100_000_000  # a reading of the machine is good for 100 ms ...
 _SPEND = 64 * MIB  # ... and for this many bytes; both arbitrary: a reading costs 50 us
+SHM_ADVICE: Final = (
+    "free blocks, or enlarge /dev/shm (`docker run --shm-size=...`, `mount -o remount,size=... /dev/shm`)"
+)
 _ADVICE = {
     "commit": "free blocks, or start the daemon with a larger --commit-limit",
-    "shm": "free blocks, or enlarge /dev/shm (`docker run --shm-size=...`, `mount -o remount,size=... /dev/shm`)",
+    "shm": SHM_ADVICE,
     "cgroup": "free blocks, or raise the memory limit of the container or cgroup (`docker run --memory=...`)",
     "memory": "free blocks, or end other programs: the machine itself is short of memory",
 }
@@ -35,7 +38,8 @@ class Headroom(NamedTuple):
     source: str
 
 
-def _shm_left(directory: str = "/dev/shm") -> int:
+def shm_left(directory: str = "/dev/shm") -> int:
+    """Bytes that /dev/shm has left."""
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 
@@ -84,7 +88,7 @@ def _memory_left() -> int | None:
 
 def measure_headroom() -> Headroom:
     """What the machine has left for shared memory now."""
-    bounds = {"shm": _shm_left(), "cgroup": _cgroup_left(), "memory": _memory_left()}
+    bounds = {"shm": shm_left(), "cgroup": _cgroup_left(), "memory": _memory_left()}
     size, source = min((size, source) for source, size in bounds.items() if size is not None)
     return Headroom(max(size, 0), source)
 

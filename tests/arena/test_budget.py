@@ -242,7 +242,7 @@ def test_headroom_is_the_tightest_bound_and_never_negative(
     monkeypatch: pytest.MonkeyPatch, left: tuple[int, int | None, int | None], expected: Headroom
 ) -> None:
     """Where a bound is not there it does not count; one that is passed already leaves nothing."""
-    for name, size in zip(("_shm_left", "_cgroup_left", "_memory_left"), left, strict=True):
+    for name, size in zip(("shm_left", "_cgroup_left", "_memory_left"), left, strict=True):
         monkeypatch.setattr(budget, name, lambda size=size: size)
     assert budget.measure_headroom() == expected
 

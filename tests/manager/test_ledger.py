@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from heapd.manager.ledger import Ledger, Volume
 from heapd.manager.ledger.records import pack_bits, unpack_bits
 from heapd.records import Grant, HeapInfo
 from heapd.sizeclass import CLASSES
-from heapd.units import MIB
+from heapd.units import MIB, format_size
 from heapd.wire import messages as m
 from tests.arenas import finish
 from tests.invariants import check_manager, fill, pattern, read
@@ -223,9 +224,16 @@ def test_where_records_find_no_memory_requests_are_refused(
         while True:
             grants.extend(client.alloc_many(heap, [16] * 400))
 
-    with pytest.raises(HeapFullError, match="/dev/shm") as caught:
+    with pytest.raises(HeapFullError) as caught:
         allocate_for_ever()
-    assert caught.value.bound == "memory"
+    error = caught.value
+    assert error.bound == "memory"
+    assert error.requested == 1 << 16
+    assert re.match(
+        rf"the daemon's own records, which have {format_size(error.used)}, need {format_size(error.requested)} more "
+        r".*, and /dev/shm has .* left; free blocks, or enlarge /dev/shm ",
+        str(error),
+    )
     before = portrait(it.manager)
     with pytest.raises(HeapFullError):
         client.create("y")

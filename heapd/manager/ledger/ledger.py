@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 
 import msgpack
 
+from heapd.arena import SHM_ADVICE, shm_left
 from heapd.errors import HeapFullError, SegmentError
 from heapd.journal import WORD, Change, Journal
 from heapd.manager.ledger.volume import Log, Volume
-from heapd.units import MIB
+from heapd.units import MIB, format_size
 
 if TYPE_CHECKING:
     from heapd.manager.sessions import Session
@@ -106,13 +107,16 @@ class Ledger(Journal):
             return
         log.make_room()
         if log.is_short and (is_taking or log.room < _LAST_ROOM):
-            raise HeapFullError.of(
-                "memory",
-                requested=0,
-                used=log.end,
-                limit=log.end + log.room,
-                advice="/dev/shm has no room for the daemon's own records: free blocks, or enlarge it",
-            )
+            raise self._refusal()
+
+    def _refusal(self) -> HeapFullError:
+        """What the request met is not its own size, but what the records lack."""
+        used, lacking, left = self._log.end + self._log.room, self._log.lacking, shm_left()
+        text = (
+            f"the daemon's own records, which have {format_size(used)}, need {format_size(lacking)} more before "
+            f"anything else may be taken, and /dev/shm has {format_size(left)} left; {SHM_ADVICE}"
+        )
+        return HeapFullError(text, bound="memory", requested=lacking, used=used, limit=used + left, advice=SHM_ADVICE)
 
     # -- compaction ----------------------------------------------------------------------------------------------------
     def begin(self, tellings: Iterator[Telling]) -> None:

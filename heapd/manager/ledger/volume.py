@@ -74,7 +74,7 @@ class Log:
 
     def make_room(self, size: int = 0) -> None:
         """Commit `size` bytes and _AHEAD more. Raises: SegmentError if not even the first is possible."""
-        wanted = min(align_up(self.end + size + _AHEAD, _STEP), self._size)
+        wanted = self._wanted(size)
         try:
             while self._committed < wanted:
                 os.posix_fallocate(self._segment.fd, self._base + self._committed, _STEP)
@@ -85,10 +85,19 @@ class Log:
         if self._committed < self.end + size:
             raise SegmentError(f"no memory is left for the ledger {self._segment.name}, of {self.end} bytes")
 
+    def _wanted(self, size: int = 0) -> int:
+        """Bytes that are to be committed before `size` more are written."""
+        return min(align_up(self.end + size + _AHEAD, _STEP), self._size)
+
     @property
     def room(self) -> int:
         """Bytes committed and not written."""
         return self._committed - self.end
+
+    @property
+    def lacking(self) -> int:
+        """Bytes that are to be committed ahead and are not; whole steps."""
+        return max(0, self._wanted() - self._committed)
 
     def frames(self) -> Iterator[bytes]:
         """The payloads of all whole frames. `end` is after the last of them, once they were all read.
