@@ -16,7 +16,8 @@ slots, bytes as everywhere. They say what is now, never by how much: telling one
     PAGES      first, count, state                                      what the pages' state (PAGE_*) is now
     REGION     heap, serial, first, page_count, is_big                  a region is there, as it is now
     NO_REGION  heap, serial
-    SLAB       heap, first, class_index, carved, lent                   lent: which blocks are, as bits
+    SLAB       heap, first, page_count, class_index, carved, lent       lent: which blocks are, as bits
+    SLAB_CUT   first, page_count                                        a slab has only so many pages now
     NO_SLAB    first
     RUN        heap, first, page_count, is_finished                     is_finished 0: its commit goes on
     NO_RUN     heap, first
@@ -53,26 +54,27 @@ PAGES: Final = 1
 REGION: Final = 2
 NO_REGION: Final = 3
 SLAB: Final = 4
-NO_SLAB: Final = 5
-RUN: Final = 6
-NO_RUN: Final = 7
-WORD: Final = 8
-HEAP: Final = 9
-NO_HEAP: Final = 10
-COUNTS: Final = 11
-EPOCH: Final = 12
-JOIN: Final = 13
-LEAVE: Final = 14
-NAME: Final = 15
-NO_NAME: Final = 16
-OWNERS: Final = 17
-SESSION: Final = 18
-ENDING: Final = 19
-ENDED: Final = 20
-RETIRED: Final = 21
-PENDING: Final = 22
-DONE: Final = 23
-WHOLE: Final = 24
+SLAB_CUT: Final = 5
+NO_SLAB: Final = 6
+RUN: Final = 7
+NO_RUN: Final = 8
+WORD: Final = 9
+HEAP: Final = 10
+NO_HEAP: Final = 11
+COUNTS: Final = 12
+EPOCH: Final = 13
+JOIN: Final = 14
+LEAVE: Final = 15
+NAME: Final = 16
+NO_NAME: Final = 17
+OWNERS: Final = 18
+SESSION: Final = 19
+ENDING: Final = 20
+ENDED: Final = 21
+RETIRED: Final = 22
+PENDING: Final = 23
+DONE: Final = 24
+WHOLE: Final = 25
 
 Change = int | tuple[Any, ...]
 

@@ -43,6 +43,14 @@ class SizeClass:
     block_count: int
     first_offset: int
 
+    def blocks_in(self, page_count: int) -> int:
+        """Blocks of a slab that has `page_count` pages, which may be fewer than the class's; its head is as long."""
+        return min(max(page_count * PAGE_SIZE - self.first_offset, 0) // self.extent, self.block_count)
+
+    def pages_of(self, block_count: int) -> int:
+        """Pages that a slab's head and its first `block_count` blocks lie on."""
+        return (self.first_offset + block_count * self.extent + PAGE_SIZE - 1) // PAGE_SIZE
+
 
 def _extents() -> list[int]:
     extents = [16, 32, 48]

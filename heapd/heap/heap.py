@@ -23,7 +23,7 @@ from heapd.errors import (
 from heapd.heap.holdings import Holdings
 from heapd.heap.slab import Slab
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB
+from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB, SLAB_CUT
 from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
@@ -37,6 +37,7 @@ _new_grant: Callable[..., Grant] = tuple.__new__  # without the Python function 
 _SLAB_GENERATION = SLAB_WORD.generation_shift
 _SLAB_GENERATIONS = SLAB_WORD.generation_mask
 _LONG_SLAB = 4  # pages; making a slab this long for one block costs more than a block of the next class
+_MAX_STRETCH = 2  # where memory is short, a block may have room for so many times what was asked for
 _PARKED_PAGES = 4  # arbitrary: what an empty slab may keep committed
 _FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
 
@@ -186,7 +187,7 @@ class Heap:
         slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
         kind = slab.kind
         index = slab.lend(session)
-        if slab.lent_count == kind.block_count:
+        if slab.lent_count == slab.block_count:
             self.partial[kind.index].remove(slab)
         self.held.charge(session, kind.extent)
         self.allocations += 1
@@ -199,27 +200,38 @@ class Heap:
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
         """A slab that can give a block for the class: one with a free block, else with pages to carve, else one of
-        the next larger class with a free block, else a new one. Raises: HeapFullError."""
+        the next larger class with a free block, else a new one; where there is no memory for that, one of any larger
+        class whose blocks are not too large. Raises: HeapFullError."""
         partial = self.partial[kind.index]
         if not partial and kind.page_count >= _LONG_SLAB:
             larger = self.partial[kind.index + 1]
             if larger and larger[0].free:
                 return larger[0]
-        slab = partial[0] if partial else self._new_slab(kind)
-        if not slab.free:
-            # Of the slabs with room at most one or two still have pages to carve.
-            if len(partial) > 1 and partial[1].free:
-                return partial[1]
-            touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
-            try:
+        try:
+            slab = partial[0] if partial else self._new_slab(kind)
+            if not slab.free:
+                # Of the slabs with room at most one or two still have pages to carve.
+                if len(partial) > 1 and partial[1].free:
+                    return partial[1]
+                touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
                 if needed > touched:
                     self._commit_slab(slab, touched, needed)
-            except HeapFullError:
-                other = next((other for other in partial if other.free), None)
-                if other is None:
-                    raise
-                return other
+        except HeapFullError:
+            other = self._ready_slab(kind)
+            if other is None:
+                raise
+            return other
         return slab
+
+    def _ready_slab(self, kind: SizeClass) -> Slab | None:
+        """A slab that needs no memory to give a block for the class, or for one up to twice as large."""
+        for larger in CLASSES[kind.index :]:
+            if larger.extent > _MAX_STRETCH * kind.extent:
+                return None
+            for slab in self.partial[larger.index]:
+                if slab.is_ready:
+                    return slab
+        return None
 
     def _commit_slab(self, slab: Slab, touched: int, needed: int) -> None:
         first = slab.first_page + touched
@@ -232,23 +244,35 @@ class Heap:
         self.arena.describe(first, needed - touched, KIND_SLAB, self.index, slab.first_page)
 
     def _new_slab(self, kind: SizeClass) -> Slab:
-        first = self._take_pages(kind.page_count)
-        slab = Slab(kind, first)
+        first, page_count = self._take_slab(kind)
+        slab = Slab(kind, first, page_count)
         try:
             self.space.commit(first, 1)
         except HeapFullError:
-            self.space.give(first, kind.page_count)
+            self.space.give(first, page_count)
             raise
         # A slab that was dropped to make room for this one may have lain here.
         self.arena.journal.withdraw(slab.slot - 1, slab.slot + kind.block_count)
         slab.write_head(self.arena.words, self.arena.next_seed())
         # Pages that were committed before stay so; the page map tells which.
-        self.arena.describe(first, kind.page_count, KIND_SLAB, self.index, first)
-        self._note((SLAB, self.index, first, kind.index, 0, b""))
+        self.arena.describe(first, page_count, KIND_SLAB, self.index, first)
+        self._note((SLAB, self.index, first, page_count, kind.index, 0, b""))
         self.slabs[first] = slab
-        self._slab_of_page.update(dict.fromkeys(range(first, first + kind.page_count), slab))
+        self._slab_of_page.update(dict.fromkeys(range(first, first + page_count), slab))
         insort(self.partial[kind.index], slab)
         return slab
+
+    def _take_slab(self, kind: SizeClass) -> tuple[int, int]:
+        """Spare pages for a slab, as (first, count): as many as its class's have, or what there is of them that holds
+        a block. Raises: HeapFullError."""
+        try:
+            return self._take_pages(kind.page_count), kind.page_count
+        except HeapFullError:
+            block_count = kind.blocks_in(self.space.spare.largest)
+            if not block_count:
+                raise
+            page_count = kind.pages_of(block_count)
+            return self.space.take(page_count), page_count
 
     def _alloc_run(self, page_count: int, size: int, session: int) -> Grant:
         first = self._take_run(page_count)
@@ -343,23 +367,37 @@ class Heap:
         return bool(parked)
 
     def _take_pages(self, page_count: int) -> int:
-        """Spare pages, also those of empty slabs if need be. Raises: HeapFullError."""
+        """Spare pages, if need be also those that slabs have and do not use. Raises: HeapFullError."""
         try:
             return self.space.take(page_count)
         except HeapFullError:
-            if not self.drop_empty_slabs():
+            if not self.drop_empty_slabs() | self._cut_slabs():
                 raise
             return self.space.take(page_count)
 
+    def _cut_slabs(self) -> bool:
+        """Give back the pages of slabs that carving has not reached; False if there were none."""
+        found = [slab for slabs in self.partial for slab in slabs if slab.pages_touched < slab.page_count]
+        for slab in found:
+            first, page_count = slab.first_page + slab.pages_touched, slab.page_count - slab.pages_touched
+            slab.cut(slab.pages_touched)
+            if slab.is_full:
+                self.partial[slab.kind.index].remove(slab)
+            self._note((SLAB_CUT, slab.first_page, slab.page_count))
+            self._give_slab_pages(first, page_count)
+        return bool(found)
+
     def _drop_slab(self, slab: Slab) -> None:
         """Give an empty slab's pages back."""
-        first, page_count = slab.first_page, slab.kind.page_count
         self.partial[slab.kind.index].remove(slab)
-        del self.slabs[first]
+        del self.slabs[slab.first_page]
+        self._note((NO_SLAB, slab.first_page))
+        self.arena.words[slab.slot - 1] = 0  # at once: these pages may be taken again before the journal commits
+        self._give_slab_pages(slab.first_page, slab.page_count)
+
+    def _give_slab_pages(self, first: int, page_count: int) -> None:
         for page in range(first, first + page_count):
             del self._slab_of_page[page]
-        self._note((NO_SLAB, first))
-        self.arena.words[slab.slot - 1] = 0  # at once: these pages may be taken again before the journal commits
         self.space.give(first, page_count)
 
     def locate(self, address: int) -> tuple[Slab | None, int, int]:

@@ -40,7 +40,7 @@ def restore_heap(
     slabs.sort()
     for slab in slabs:
         _restore_slab(heap, slab)
-    taken = [(slab.first_page, slab.kind.page_count) for slab in slabs] + list(runs.items())
+    taken = [(slab.first_page, slab.page_count) for slab in slabs] + list(runs.items())
     heap.space.restore(regions, initial, sorted(taken))
     for first, page_count in runs.items():
         heap.space.describe_run(first, page_count, first)
@@ -51,13 +51,13 @@ def _restore_slab(heap: Heap, slab: Slab) -> None:
     kind, first = slab.kind, slab.first_page
     heap.slabs[first] = slab
     heap.held.charge(NOBODY, slab.lent_count * kind.extent)
-    for page in range(first, first + kind.page_count):
+    for page in range(first, first + slab.page_count):
         heap._slab_of_page[page] = slab
     if not slab.is_full:
         heap.partial[kind.index].append(slab)
     if not slab.lent_count:
         heap._parked[kind.index] = slab
-    heap.arena.describe(first, kind.page_count, KIND_SLAB, heap.index, first)
+    heap.arena.describe(first, slab.page_count, KIND_SLAB, heap.index, first)
     slab.rewrite_head(heap.arena.words)
 
 

@@ -2,7 +2,8 @@
 
 The daemon's own truth about a block is `lent`: to whom it was given out, until it is taken back. What the state word
 says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
-committed as carving reaches them.
+committed as carving reaches them. Where pages are short, a slab has fewer than its class's: from its birth, or because
+it is cut behind what is carved. Where each block lies stays the same, so nobody else need know.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from array import array
 from heapd.heap.holdings import NOBODY
 from heapd.layout import SLAB_WORD, WORD, slab_descriptor
 from heapd.sizeclass import SizeClass
-from heapd.units import PAGE_SHIFT, PAGE_SIZE
+from heapd.units import PAGE_SHIFT
 
 __all__ = ["Slab"]
 
@@ -23,6 +24,8 @@ class Slab:
     Fields:
         kind          SizeClass
         first_page    of the slab
+        page_count    pages it has, at most its class's
+        block_count   blocks that fit on them
         base          address of block 0
         slot          of block 0's state word
         lent          for each block the session it was given out to (see holdings.py), 0 while it is not
@@ -31,25 +34,38 @@ class Slab:
         free          indices of carved blocks that are not lent, most recently taken back last
     """
 
-    __slots__ = ("base", "carved", "first_page", "free", "kind", "lent", "lent_count", "slot")
+    __slots__ = (
+        "base",
+        "block_count",
+        "carved",
+        "first_page",
+        "free",
+        "kind",
+        "lent",
+        "lent_count",
+        "page_count",
+        "slot",
+    )
 
-    def __init__(self, kind: SizeClass, first_page: int) -> None:
+    def __init__(self, kind: SizeClass, first_page: int, page_count: int) -> None:
         self.kind = kind
         self.first_page = first_page
+        self.page_count = page_count
+        self.block_count = kind.blocks_in(page_count)
         self.base = (first_page << PAGE_SHIFT) + kind.first_offset
         self.slot = (first_page << PAGE_SHIFT) // WORD + 1
-        self.lent = array("H", bytes(2 * kind.block_count))
+        self.lent = array("H", bytes(2 * self.block_count))
         self.lent_count = 0
         self.carved = 0
         self.free: list[int] = []
 
     @classmethod
-    def restore(cls, kind: SizeClass, first_page: int, carved: int, lent: bytearray) -> Slab:
+    def restore(cls, kind: SizeClass, first_page: int, page_count: int, carved: int, lent: bytearray) -> Slab:
         """The slab that an earlier process had. Args: lent (1 for each block that was; they are charged to NOBODY)."""
-        slab = cls(kind, first_page)
+        slab = cls(kind, first_page, page_count)
         slab.lent_count = lent.count(1)
-        if slab.lent_count == kind.block_count:
-            slab.lent = array("H", (NOBODY,)) * kind.block_count
+        if slab.is_full:
+            slab.lent = array("H", (NOBODY,)) * slab.block_count
         else:
             slab.lent = array("H", (NOBODY if is_lent else 0 for is_lent in lent))
         slab.carved = carved
@@ -72,12 +88,20 @@ class Slab:
         """Write the descriptor and a free state word for each block; generations count on from `seed`."""
         kind = self.kind
         word = SLAB_WORD.free(seed & SLAB_WORD.generation_mask)
+        # Also for the blocks that a short slab lacks: who comes with an old handle finds no nonsense.
         words[self.slot : self.slot + kind.block_count] = memoryview(array("Q", [word]) * kind.block_count)
         words[self.slot - 1] = slab_descriptor(kind.index)
 
     @property
     def is_full(self) -> bool:
-        return self.lent_count == self.kind.block_count
+        return self.lent_count == self.block_count
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can give a block without another page."""
+        return bool(self.free) or (
+            self.carved < self.block_count and self.pages_until(self.carved + 1) == self.pages_touched
+        )
 
     @property
     def carved_end(self) -> int:
@@ -91,12 +115,18 @@ class Slab:
 
     def pages_until(self, carved: int) -> int:
         """Pages that must be committed once `carved` blocks are carved."""
-        return (self.kind.first_offset + carved * self.kind.extent + PAGE_SIZE - 1) >> PAGE_SHIFT
+        return self.kind.pages_of(carved)
+
+    def cut(self, page_count: int) -> None:
+        """Do without the pages from `page_count` on; no block is carved there."""
+        self.page_count = page_count
+        self.block_count = self.kind.blocks_in(page_count)
+        del self.lent[self.block_count :]
 
     def index_of(self, address: int) -> int | None:
         """Index of the block that begins at `address`, None if none does."""
         index, rest = divmod(address - self.base, self.kind.extent)
-        return index if rest == 0 and 0 <= index < self.kind.block_count else None
+        return index if rest == 0 and 0 <= index < self.block_count else None
 
     def lend(self, session: int) -> int:
         """Give out a block: the one taken back last, else the next to carve (its pages are committed). Its index."""

@@ -112,9 +112,9 @@ def _add_slab(sums: _Sums, heap: Heap, slab: Slab, is_live: IsLive) -> None:
             sums.add_cached(kind.extent)
         else:
             sums.add_busy(min(SLAB_WORD.size(word), kind.extent), kind.extent, is_live(SLAB_WORD.session(word)))
-    committed = heap.arena.committed_in(slab.first_page, kind.page_count)
+    committed = heap.arena.committed_in(slab.first_page, slab.page_count)
     sums.committed += committed << PAGE_SHIFT
-    sums.uncommitted += (kind.page_count - committed) << PAGE_SHIFT
+    sums.uncommitted += (slab.page_count - committed) << PAGE_SHIFT
     sums.overhead += kind.first_offset
     for part, _, size in slab_rest(heap, slab):
         if part is EntryKind.FREE:

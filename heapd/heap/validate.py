@@ -114,7 +114,7 @@ def _check_tiling(heap: Heap, region: Region) -> Iterator[Violation]:
     page = region.first
     while page < region.end:
         slab = heap.slabs.get(page)
-        count = slab.kind.page_count if slab else heap.runs.get(page) or heap.space.spare.count_at(page)
+        count = slab.page_count if slab else heap.runs.get(page) or heap.space.spare.count_at(page)
         if not count and region.is_big:
             return  # the rest of the last granule
         if not count:
@@ -130,7 +130,7 @@ def _check_page_words(heap: Heap, region: Region) -> Iterator[Violation]:
     while page < region.end:
         slab = heap.slabs.get(page)
         kind = KIND_SLAB if slab else KIND_RUN if page in heap.runs else KIND_SPARE
-        count = slab.kind.page_count if slab else heap.runs.get(page) or heap.space.spare.count_at(page)
+        count = slab.page_count if slab else heap.runs.get(page) or heap.space.spare.count_at(page)
         count = count or region.end - page
         for at, length, word in arena.pages.spans(page, count):
             info = split_page_word(word)

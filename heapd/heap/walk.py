@@ -75,7 +75,7 @@ def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live
         slab = heap.slabs.get(page)
         if slab is not None:
             yield from _slab_entries(heap, slab, index, skip, is_live)
-            page += slab.kind.page_count
+            page += slab.page_count
         elif page in heap.runs:
             if page << PAGE_SHIFT >= skip:
                 yield run_entry(heap, page, index, is_live)
@@ -153,8 +153,8 @@ def slab_rest(heap: Heap, slab: Slab) -> list[tuple[EntryKind, int, int]]:
     """(kind, address, bytes) of the parts of a slab after the last block carved."""
     parts: list[tuple[EntryKind, int, int]] = []
     at = slab.carved_end
-    end = (slab.first_page + slab.kind.page_count) << PAGE_SHIFT
-    usable_end = slab.base + slab.kind.block_count * slab.kind.extent
+    end = (slab.first_page + slab.page_count) << PAGE_SHIFT
+    usable_end = slab.base + slab.block_count * slab.kind.extent
     page = (at + PAGE_SIZE - 1) >> PAGE_SHIFT
     stretches = [(at, min(page << PAGE_SHIFT, end) - at, True)] if at % PAGE_SIZE else []
     for start, count, is_committed in heap.arena.stretches(page, max((end >> PAGE_SHIFT) - page, 0)):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import suppress
 
 import pytest
 
 from heapd.arena import Arena
 from heapd.errors import BlockTooLargeError, HeapFullError
 from heapd.heap import Heap
-from heapd.layout import BUSY, FREE, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD
+from heapd.layout import BUSY, FREE, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WORD
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GIB, KIB, MIB, PAGE_SIZE, align_up
@@ -71,6 +72,15 @@ def test_a_block_of_no_bytes_is_a_block(heap: Heap) -> None:
 # -- every class -------------------------------------------------------------------------------------------------------
 def fill_slab(heap: Heap, kind: SizeClass) -> list[Grant]:
     return [heap.alloc(kind.extent, SESSION) for _ in range(kind.block_count)]
+
+
+def fill_up(heap: Heap, size: int) -> list[Grant]:
+    """As many blocks as the heap gives."""
+    grants = []
+    with suppress(HeapFullError):
+        while True:
+            grants.append(heap.alloc(size, SESSION))
+    return grants
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: str(kind.extent))
@@ -260,6 +270,49 @@ def test_a_full_fixed_heap_says_so_and_serves_again_after_a_free(make_heap: Make
     check_heap(heap)
     heap.free(grants[2].address, grants[2].generation)
     assert heap.alloc(16 * KIB, SESSION).address == grants[2].address
+
+
+@pytest.mark.parametrize("size", [16, 100, 1000, 3000, 5000, 7000, 20_000])
+@pytest.mark.parametrize("maximum", [64 * KIB, 128 * KIB])
+def test_a_small_fixed_heap_gives_blocks_of_every_size_up_to_its_maximum(
+    make_heap: MakeHeap, maximum: int, size: int
+) -> None:
+    """Also where no slab of the class's length fits: no page stays spare that could hold another block."""
+    heap = make_heap(maximum=maximum)
+    kind = class_of(size)
+    fill_up(heap, size)
+    found = check_heap(heap)
+    with_words = found.busy_blocks * (kind.extent + WORD)
+    assert with_words > maximum * 9 // 10
+    assert not kind.blocks_in(heap.space.spare.largest)
+
+
+def test_pages_that_a_slab_does_not_use_yet_are_there_for_other_sizes(make_heap: MakeHeap) -> None:
+    """One block of 1,000 bytes does not keep the pages of a whole slab from slabs of other classes and from runs."""
+    heap = make_heap(maximum=64 * KIB)
+    grants = [heap.alloc(size, SESSION) for size in (1000, 100, 5000, 3000, 8192, 16 * KIB)]
+    slabs = sorted((slab.first_page, slab.page_count) for slab in heap.slabs.values())
+    assert sum(count for _, count in slabs) <= 10
+    check_heap(heap)
+    again = [heap.alloc(size, SESSION) for size in (1000, 100, 3000)]
+    check_heap(heap)
+    for grant in (*grants, *again):
+        heap.free(grant.address, grant.generation)
+    assert check_heap(heap).busy_blocks == 0
+    heap.alloc(64 * KIB, SESSION)
+
+
+def test_where_no_page_is_left_a_block_of_a_larger_class_does(make_heap: MakeHeap) -> None:
+    """One up to twice as large as what was asked for; a larger one is not wasted so."""
+    heap = make_heap(maximum=64 * KIB)
+    grants = fill_up(heap, 1000)
+    for grant in (grants[3], grants[7]):
+        heap.free(grant.address, grant.generation)
+    for size in (200, 448):
+        with pytest.raises(HeapFullError):
+            heap.alloc(size, SESSION)
+    assert [heap.alloc(size, SESSION).address for size in (520, 900)] == [grants[7].address, grants[3].address]
+    check_heap(heap)
 
 
 def test_a_block_that_no_address_space_is_left_for_is_refused(heap: Heap, arena: Arena) -> None:

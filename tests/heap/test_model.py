@@ -172,6 +172,12 @@ def test_a_small_fixed_heap_that_is_often_full_holds_it_too(make_heap: MakeHeap,
     Model(arena, make_heap(maximum=512 * KIB), seed, largest=200 * KIB).run(300)
 
 
+@pytest.mark.parametrize("seed", range(18, 22))
+def test_a_heap_smaller_than_a_slab_holds_it_too(make_heap: MakeHeap, arena: Arena, seed: int) -> None:
+    """64 KiB: slabs are short, and are cut where others need the pages."""
+    Model(arena, make_heap(maximum=64 * KIB), seed, largest=10 * KIB).run(300)
+
+
 @pytest.mark.parametrize("seed", range(12, 16))
 def test_a_heap_at_the_commit_limit_holds_it_too(make_heap: MakeHeap, arena: Arena, seed: int) -> None:
     """The daemon's limit is met again and again, by tables as well as by blocks."""

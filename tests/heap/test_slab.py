@@ -44,7 +44,7 @@ def test_classes_grow_by_an_eighth_at_most_and_each_size_finds_the_smallest() ->
 
 def make(kind: SizeClass) -> tuple[Slab, memoryview]:
     words = memoryview(bytearray((3 + kind.page_count) * PAGE_SIZE)).cast("Q")
-    slab = Slab(kind, 3)
+    slab = Slab(kind, 3, kind.page_count)
     slab.write_head(words, 12345)
     return slab, words
 
@@ -98,4 +98,4 @@ def test_lending_and_taking_back_in_any_order_keeps_the_counts() -> None:
 def test_slabs_sort_by_place() -> None:
     """So that the lowest one with room is found first."""
     kind = class_of(64)
-    assert sorted([Slab(kind, 9), Slab(kind, 2), Slab(kind, 5)], key=None)[0].first_page == 2
+    assert sorted([Slab(kind, first, kind.page_count) for first in (9, 2, 5)], key=None)[0].first_page == 2

@@ -40,6 +40,7 @@ REQUESTS: dict[str, tuple[Ask, set[int]]] = {
     "alloc, a run": (of_heap(lambda it: m.HeapAlloc(it.heap.heap_id, 100_000)), set()),
     "alloc, a region": (of_heap(lambda it: m.HeapAlloc(it.heap.heap_id, MIB)), set()),
     "alloc in slices": (of_heap(lambda it: m.HeapAlloc(it.heap.heap_id, MIB + MIB // 2)), set()),
+    "alloc, slabs are cut": (of_heap(lambda it: m.HeapAlloc(it.small.heap_id, 40_000)), set()),
     "alloc that does not fit": (of_heap(lambda it: m.HeapAlloc(it.heap.heap_id, 4 * MIB)), set()),
     "alloc_many": (of_heap(lambda it: m.HeapAllocMany(it.heap.heap_id, [64, 3000, 80_000])), set()),
     "alloc_many in slices": (of_heap(lambda it: m.HeapAllocMany(it.heap.heap_id, [MIB + 1, 64, 40_000])), set()),

@@ -21,7 +21,7 @@ from heapd.manager.ledger import Ledger
 from heapd.manager.ledger.volume import Log
 from heapd.records import Entry, EntryKind, Grant, HeapInfo
 from heapd.service import Deferred, Identity, Peer, RunningJob, Service
-from heapd.units import MIB
+from heapd.units import KIB, MIB
 from heapd.wire import Request, decode_reply, encode_request
 from heapd.wire import messages as m
 from tests.arenas import finish
@@ -205,8 +205,8 @@ class Undead:
 class Scene:
     """Two clients with heaps and blocks of every kind, and what is in them.
 
-    Fields: it, alice and bob (tokens), heap (named, of alice, who has most blocks), other (freeing orphans), blocks
-    (grant and size, in order of birth), cached (grants that alice leased).
+    Fields: it, alice and bob (tokens), heap (named, of alice, who has most blocks), other (freeing orphans), small (of
+    64 KiB, all of it in two slabs), blocks (grant and size, in order of birth), cached (grants that alice leased).
     """
 
     def __init__(self, it: Undead) -> None:
@@ -224,6 +224,8 @@ class Scene:
         self.do(self.alice, m.NamePublish(self.heap.heap_id, "n", *self.blocks[2][0][1:3]))
         self.cached = [Grant(*each) for each in self.do(self.alice, m.HeapLease(self.heap.heap_id, 48, 5))]
         self.do(self.alice, m.HeapAllocMany(self.other.heap_id, [100, 100_000]))
+        self.small = HeapInfo(*self.do(self.alice, m.HeapCreate("s", 0, 64 * KIB, F_SERIALIZE)))
+        self.do(self.alice, m.HeapAllocMany(self.small.heap_id, [1000, 200]))
 
     def do(self, token: bytes, request: Request) -> Any:
         self._ids += 1

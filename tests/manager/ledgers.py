@@ -124,7 +124,10 @@ def heap_portrait(heap: Heap) -> Any:
     slabs = heap.slabs.items()
     return (
         (heap.maximum, heap.max_block, heap.allocations, heap.releases),
-        {first: (slab.kind, slab.carved, bytes(map(bool, slab.lent)), sorted(slab.free)) for first, slab in slabs},
+        {
+            first: (slab.kind, slab.page_count, slab.carved, bytes(map(bool, slab.lent)), sorted(slab.free))
+            for first, slab in slabs
+        },
         [[slab.first_page for slab in slabs] for slabs in heap.partial],
         heap.runs,
         set(heap.unfinished),

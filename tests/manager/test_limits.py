@@ -186,7 +186,7 @@ def test_a_heap_that_no_memory_is_left_for_leaves_no_trace(
 
 @pytest.mark.parametrize(
     "sizes",
-    [[64], [64, 5000, 8192, 70_000], [64] * 500, [2 * MIB, 64], [20 * MIB, 64, 20 * MIB], [9 * MIB, 9 * MIB]],
+    [[300], [64, 5000, 8192, 70_000], [64] * 500, [2 * MIB, 64], [20 * MIB, 64, 20 * MIB], [9 * MIB, 9 * MIB]],
     ids=str,
 )
 @pytest.mark.parametrize("maximum", [0, 100 * MIB])

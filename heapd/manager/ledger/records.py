@@ -40,9 +40,11 @@ def unpack_bits(bits: bytes) -> bytearray:
 
 @dataclass(slots=True, eq=False)
 class SlabRecord:
-    """A slab. Fields: heap, class_index, carved, lent (1 for each block given out; a byte for every block)."""
+    """A slab. Fields: heap, page_count, class_index, carved, lent (1 for each block given out; a byte for every
+    block)."""
 
     heap: HeapRecord
+    page_count: int
     class_index: int
     carved: int
     lent: bytearray
@@ -197,15 +199,23 @@ class Records:
         if record is None or record.regions.pop(serial, None) is None:
             self._missing("region", serial)
 
-    def _slab(self, heap: int, first: int, class_index: int, carved: int, lent: bytes) -> None:
+    def _slab(self, heap: int, first: int, page_count: int, class_index: int, carved: int, lent: bytes) -> None:
         record = self.heaps.get(heap)
         if record is None:
             self._missing("heap", heap)
             return
-        flags = bytearray(CLASSES[class_index].block_count)
+        flags = bytearray(CLASSES[class_index].blocks_in(page_count))
         if carved:
             flags[:carved] = unpack_bits(lent)
-        self._slabs[first] = record.slabs[first] = SlabRecord(record, class_index, carved, flags)
+        self._slabs[first] = record.slabs[first] = SlabRecord(record, page_count, class_index, carved, flags)
+
+    def _slab_cut(self, first: int, page_count: int) -> None:
+        slab = self._slabs.get(first)
+        if slab is None:
+            self._missing("slab", first)
+        else:
+            slab.page_count = page_count
+            del slab.lent[CLASSES[slab.class_index].blocks_in(page_count) :]
 
     def _no_slab(self, first: int) -> None:
         slab = self._slabs.pop(first, None)
@@ -340,6 +350,7 @@ class Records:
 
 
 _KINDS: Final = (
-    "PAGES", "REGION", "NO_REGION", "SLAB", "NO_SLAB", "RUN", "NO_RUN", "WORD", "HEAP", "NO_HEAP", "COUNTS", "EPOCH",
-    "JOIN", "LEAVE", "NAME", "NO_NAME", "OWNERS", "SESSION", "ENDING", "ENDED", "RETIRED", "PENDING", "DONE", "WHOLE",
+    "PAGES", "REGION", "NO_REGION", "SLAB", "SLAB_CUT", "NO_SLAB", "RUN", "NO_RUN", "WORD", "HEAP", "NO_HEAP", "COUNTS",
+    "EPOCH", "JOIN", "LEAVE", "NAME", "NO_NAME", "OWNERS", "SESSION", "ENDING", "ENDED", "RETIRED", "PENDING", "DONE",
+    "WHOLE",
 )  # fmt: skip

@@ -83,7 +83,7 @@ def _restore_heap(directory: Directory, record: HeapRecord) -> None:
         initial=record.initial,
         regions=[Region(serial, *record.regions[serial]) for serial in sorted(record.regions)],
         slabs=[
-            Slab.restore(CLASSES[slab.class_index], first, slab.carved, slab.lent)
+            Slab.restore(CLASSES[slab.class_index], first, slab.page_count, slab.carved, slab.lent)
             for first, slab in record.slabs.items()
         ],
         runs=record.runs,

@@ -125,7 +125,10 @@ def _tell_slabs(shared: SharedHeap) -> Iterator[list[Change]]:
     heap = shared.heap
     for portion in _portions(heap.slabs):
         slabs = [slab for first in portion if (slab := heap.slabs.get(first)) is not None]
-        yield [(SLAB, shared.index, slab.first_page, slab.kind.index, slab.carved, _bits(slab)) for slab in slabs]
+        yield [
+            (SLAB, shared.index, slab.first_page, slab.page_count, slab.kind.index, slab.carved, _bits(slab))
+            for slab in slabs
+        ]
 
 
 def _bits(slab: Slab) -> bytes:

@@ -28,7 +28,7 @@ from heapd.units import GIB, MIB, PAGE_SIZE, align_up
 
 __all__ = ["Log", "Volume", "is_ledger_sealed"]
 
-LEDGER_VERSION: Final = 1
+LEDGER_VERSION: Final = 2
 _MAGIC: Final = int.from_bytes(b"heapdlog", "little")
 
 L_MAGIC: Final = 0

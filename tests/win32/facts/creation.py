@@ -45,6 +45,19 @@ def a_heap_commits_further_pages_on_demand() -> None:
                 assert summary(heap).cbReserved == MIB
 
 
+@holds("H-CREATE-04")
+def a_small_fixed_heap_gives_its_maximum_in_blocks_of_any_size() -> None:
+    for size in (100, 1_000, 3_000, 5_000, 15_000):
+        with new_heap(maximum=64 * KIB) as heap:
+            assert win32.HeapAlloc(heap, 0, 50)
+            blocks = []
+            while block := win32.HeapAlloc(heap, 0, size):
+                blocks.append(block)
+            assert len(blocks) * size > 40 * KIB, size
+            assert all(win32.HeapFree(heap, 0, block) for block in blocks)
+            assert win32.HeapAlloc(heap, 0, 50 * KIB)
+
+
 @holds("H-CREATE-05")
 def initial_may_be_the_maximum() -> None:
     with new_heap(initial=MIB, maximum=MIB) as heap:
