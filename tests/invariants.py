@@ -125,7 +125,8 @@ def check_arena(arena: Arena, heaps: Iterable[Heap]) -> None:
     assert arena.segment.allocated_bytes == committed == arena.budget.committed
     tables = arena.committed_in(0, arena.shape.first_page) << PAGE_SHIFT
     assert committed == tables + (sum(heap.space.committed for heap in heaps) << PAGE_SHIFT)
-    assert arena.reserved == sum(heap.space.reserved for heap in heaps) << PAGE_SHIFT
+    regions = [region for heap in heaps for region in heap.space.in_order()]
+    assert arena.reserved == sum(region.reserved for region in regions) << PAGE_SHIFT
     assert arena.words[H_COMMITTED] == committed
     assert arena.words[H_RESERVED] == arena.reserved
     assert arena.budget.committed <= arena.budget.limit

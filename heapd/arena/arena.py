@@ -167,10 +167,11 @@ class Arena:
         """Reserve a region for a heap.
 
         State:   FREE -> RESERVED.
-        Args:    page_count (rounded up to 64 KiB by the caller), heap (control index).
+        Args:    page_count (is rounded up to 64 KiB, here as in `release`), heap (control index).
         Returns: the region's first page, on a 64 KiB boundary.
         Raises:  HeapFullError; nothing has changed.
         """
+        page_count = align_up(page_count, GRANULE_PAGES)
         first = self._take_granules(page_count // GRANULE_PAGES)
         try:
             self.pages.map_edges(first, page_count)
@@ -222,6 +223,7 @@ class Arena:
 
         State:   any -> FREE. A large range is decommitted later, by `settle`; until then it counts as committed.
         """
+        page_count = align_up(page_count, GRANULE_PAGES)
         self.pages.set(first, page_count, make_page_word(PAGE_FREE, KIND_NONE, 0, 0))
         self.reserved -= page_count * PAGE_SIZE
         self._doomed.append((first, page_count))

@@ -26,7 +26,7 @@ from heapd.layout import (
     ArenaShape,
     make_page_word,
 )
-from heapd.units import GRANULE_PAGES, PAGE_SHIFT, PAGE_SIZE
+from heapd.units import GRANULE_PAGES, PAGE_SHIFT, PAGE_SIZE, align_up
 
 __all__ = ["restore_arena"]
 
@@ -53,6 +53,7 @@ def restore_arena(
              page, pages) of all heaps), commit_limit, peak (bytes), incarnation (of the daemon on this arena).
     Raises:  SegmentError if the segment is missing, unfinished, another one, or of another size.
     """
+    regions = sorted((first, align_up(count, GRANULE_PAGES)) for first, count in regions)
     segment = Segment.attach(name)
     try:
         _check_header(segment, instance, len(states))
@@ -66,7 +67,7 @@ def restore_arena(
     arena.budget.committed = arena.committed_in(0, len(states)) * PAGE_SIZE
     arena.budget.peak = max(peak, arena.budget.committed)
     _restore_tables(arena)
-    _restore_free(arena, sorted(regions))
+    _restore_free(arena, regions)
     arena._write_header(incarnation)
     arena._tell(H_MAGIC, MAGIC)
     return arena

@@ -67,8 +67,8 @@ class Heap:
                 f" ({format_size(arena.shape.size)}); start the daemon with a larger --reserve"
             )
         self._set_up(arena, index, maximum, max_block)
-        first = pages_for(maximum) if maximum else pages_for(reserve or initial + _FIRST_REGION_EXTRA)
-        pages = align_up(max(first, 1), GRANULE_PAGES)
+        growable = align_up(pages_for(reserve or initial + _FIRST_REGION_EXTRA), GRANULE_PAGES)
+        pages = pages_for(maximum) if maximum else growable
         self.space.open(pages, min(max(pages_for(initial), 1), pages))
 
     def _set_up(self, arena: Arena, index: int, maximum: int, max_block: int) -> None:

@@ -1,7 +1,8 @@
 """The pages of one heap: its regions, which of their pages are spare, and when spare pages are decommitted.
 
 A growable heap reserves a first region, then 1, 2, 4, 8 MiB, then 15.8 MiB each (Win32 H-CREATE-11), and gives a run
-of 1 MiB or more a region of its own, released with it. A fixed heap has one region of its maximum.
+of 1 MiB or more a region of its own, released with it. A fixed heap has one region, of its maximum rounded up to a
+page: what the arena, which gives out 64 KiB at a time, reserves behind it is nobody's.
 
 Decommit rule (Win32's two thresholds, joined by AND): when a give leaves more than `keep` spare committed pages,
 the extent just given, coalesced, is decommitted. `keep` is 16 pages or 1/256 of what is committed, the larger.
@@ -33,7 +34,8 @@ MAX_SERIAL = (1 << 20) - 2  # what a walk's cursor has room for
 class Region:
     """A run of pages reserved for the heap.
 
-    Fields: serial (order of birth, 0 for the heap's first), first, page_count, is_big (it holds one large run).
+    Fields: serial (order of birth, 0 for the heap's first), first, page_count (of 64 KiB each, but for a fixed heap's),
+    is_big (it holds one large run).
     """
 
     serial: int
@@ -44,6 +46,11 @@ class Region:
     @property
     def end(self) -> int:
         return self.first + self.page_count
+
+    @property
+    def reserved(self) -> int:
+        """Pages that the arena has reserved for it."""
+        return align_up(self.page_count, GRANULE_PAGES)
 
 
 class Space:
@@ -71,7 +78,7 @@ class Space:
 
     # -- regions -----------------------------------------------------------------------------------------------------
     def open(self, reserve: int, initial: int) -> Region:
-        """Reserve the first region and commit its beginning. Args: pages both; reserve is a multiple of 16.
+        """Reserve the first region and commit its beginning. Args: pages both.
 
         Raises: HeapFullError; nothing is reserved.
         """

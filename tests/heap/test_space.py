@@ -37,10 +37,10 @@ def free_all(heap: Heap, grants: list[Grant]) -> None:
         ({"initial": 0x150000}, 0x160000, 0x150000),
         ({"reserve": MIB, "initial": 4096}, MIB, 4096),
         ({"maximum": 64 * KIB}, 64 * KIB, 4 * KIB),
-        ({"maximum": 65 * KIB}, 128 * KIB, 4 * KIB),
-        ({"maximum": 1}, 64 * KIB, 4 * KIB),
+        ({"maximum": 65 * KIB}, 68 * KIB, 4 * KIB),
+        ({"maximum": 1}, 4 * KIB, 4 * KIB),
         ({"maximum": MIB, "initial": MIB}, MIB, MIB),
-        ({"maximum": 100_000, "initial": 5000}, 128 * KIB, 8 * KIB),
+        ({"maximum": 100_000, "initial": 5000}, 100 * KIB, 8 * KIB),
     ],
     ids=str,
 )
@@ -106,6 +106,25 @@ def test_a_fixed_heap_never_reserves_more(make_heap: MakeHeap) -> None:
     heap.alloc(MIB, SESSION)
     assert region_sizes(heap) == [4 * MIB]
     check_heap(heap)
+
+
+@pytest.mark.parametrize("maximum", [4_000, 5_000, 65 * KIB, 100_000])
+def test_a_fixed_heap_uses_no_page_beyond_its_maximum(make_heap: MakeHeap, arena: Arena, maximum: int) -> None:
+    """Rounded up to a page, and not to the 64 KiB that address space comes in; a neighbour begins there."""
+    heap, neighbour = make_heap(maximum=maximum), make_heap()
+    pages = (maximum + PAGE_SIZE - 1) // PAGE_SIZE
+    for _ in range(pages):
+        heap.alloc(min(maximum, PAGE_SIZE), SESSION)
+    with pytest.raises(HeapFullError) as refused:
+        heap.alloc(min(maximum, PAGE_SIZE), SESSION)
+    assert (refused.value.used, refused.value.limit) == (maximum, maximum)
+    assert heap.space.committed == pages
+    assert neighbour.space.in_order()[0].first == heap.space.in_order()[0].first + GRANULE_PAGES * (1 + pages // 16)
+    check_heap(heap)
+    check_arena(arena, [heap, neighbour])
+    heap.close()
+    arena.settle_all()
+    check_arena(arena, [neighbour])
 
 
 def test_address_space_is_the_last_resort(heap: Heap) -> None:

@@ -86,7 +86,7 @@ class Model:
         flags = F_SERIALIZE | self.random.choice([0, F_FREE_ORPHANS])
         if name is not None and self.random.random() < 0.2:
             flags |= F_PERSISTENT
-        maximum = self.random.choice([0, 0, 64 * KIB, 800 * KIB, 8 * MIB])
+        maximum = self.random.choice([0, 0, 100_000, 800 * KIB, 8 * MIB])
         taken = name is not None and any(heap.info.name == name for heap in self.heaps.values())
         self.log.append(f"{who.number}: create({name}, {flags}, {maximum}) taken: {taken}")
         try:

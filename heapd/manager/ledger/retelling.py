@@ -118,7 +118,7 @@ def _tell_regions(arena: Arena, shared: SharedHeap) -> Iterator[list[Change]]:
         if region is None:
             continue
         yield [(REGION, index, serial, region.first, region.page_count, region.is_big)]
-        yield from _tell_pages(arena, region.first, region.page_count)
+        yield from _tell_pages(arena, region.first, region.reserved)
 
 
 def _tell_slabs(shared: SharedHeap) -> Iterator[list[Change]]:

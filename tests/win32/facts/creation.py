@@ -78,6 +78,18 @@ def a_handle_is_the_address_of_the_first_region() -> None:
         assert walk(heap)[0].lpData == heap
 
 
+@holds("H-CREATE-08")
+def the_maximum_is_rounded_up_to_8_kib() -> None:
+    for maximum in (*range(0x100, 0xFF00, 0x1300), 0x2000, 0x2001, 0xFF00, 0x10001):
+        with new_heap(maximum=maximum) as heap:
+            reserved = (maximum + 0x1FFF) & ~0x1FFF
+            assert summary(heap).cbReserved == reserved, maximum
+            blocks = 0
+            while win32.HeapAlloc(heap, 0, 4 * KIB):
+                blocks += 1
+            assert blocks * 4 * KIB <= reserved, maximum
+
+
 @holds("H-CREATE-09")
 def a_growable_heap_reserves_its_initial_size_and_64_kib() -> None:
     for initial in (0, 0x80000, 0x150000):
