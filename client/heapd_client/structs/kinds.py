@@ -184,19 +184,36 @@ class Array(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """An element, or a list of some of them. Raises: IndexError; as `Record.locate`."""
-        places = range(self._count)[index]
-        if isinstance(places, range):
-            return [self._element.read(self._record, self._place(each)) for each in places]
-        return self._element.read(self._record, self._place(places))
+        """An element, or a list of some of them. Raises: IndexError, TypeError; as `Record.locate`."""
+        if isinstance(index, slice):
+            return [self._element.read(self._record, self._place(each)) for each in range(self._count)[index]]
+        return self._element.read(self._record, self._find(index))
 
-    def __setitem__(self, index: int, value: Any) -> None:
-        """Store one element; assign to the record's field to store all. Raises: IndexError, InvalidArgumentError."""
-        record, place = self._record, self._place(range(self._count)[index])
+    def __setitem__(self, index: int | slice, value: Any) -> None:
+        """Store one element; assign to the record's field to store all.
+
+        Raises: IndexError, TypeError, InvalidArgumentError; as `Record.locate`. Nothing has changed then.
+        """
+        if isinstance(index, slice):
+            raise TypeError("elements are stored one by one, or all of them by assigning to the record's field")
+        record, place = self._record, self._find(index)
         try:
             self._element.write(record.arena.base, record.locate() + place, value, record.arena)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"element {index} of an array: {error}") from None
+
+    def _find(self, index: Any) -> int:
+        """Where an element is that a user named. Raises: IndexError, TypeError."""
+        try:
+            return self._place(range(self._count)[index])
+        except TypeError:
+            raise TypeError(f"an array's index is an int or a slice, not {type(index).__name__}") from None
+        except IndexError:
+            raise IndexError(
+                f"there is no element {shown(index)} in the array at {self._record.locate() + self._offset:#x}, part of"
+                f" a {type(self._record).__name__}: it has {self._count}, so use 0 to {self._count - 1}, or -1 to"
+                f" {-self._count} from its end"
+            ) from None
 
     def _place(self, index: int) -> int:
         return self._offset + index * self._element.size

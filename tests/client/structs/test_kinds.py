@@ -159,11 +159,23 @@ def test_an_array_is_a_sequence_in_place(sample: Any) -> None:
     sample.words[1] = "vier"
     sample.grid[1][0] = 3
     assert (sample.words[:], sample.grid[1][:]) == (["", "vier"], [3, 0])
-    for index in (3, -4):
-        with pytest.raises(IndexError):
+
+
+def test_an_index_that_an_array_does_not_have_is_refused_with_what_it_has(sample: Any) -> None:
+    """The error names the index, the array and its length; a wrong type of index is a TypeError, as of a list."""
+    values, address = sample.values, f"{sample.address + Sample.values.offset:#x}"
+    for index in (3, -4, 99, 10**30):
+        why = f"no element {index} in the array at {address}, part of a Sample: it has 3, so use 0 to 2, or -1 to -3"
+        with pytest.raises(IndexError, match=why):
             values[index] = 1
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=why):
             print(values[index])
+    for wrong in ("1", 1.0, None):
+        with pytest.raises(TypeError, match=f"an int or a slice, not {type(wrong).__name__}"):
+            values[wrong] = 1
+    with pytest.raises(TypeError, match="one by one"):
+        values[:2] = (1, 2)
+    assert values[:] == [0, 0, 0]
 
 
 def test_an_array_is_stored_whole_or_not_at_all(sample: Any) -> None:
