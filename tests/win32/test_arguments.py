@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ FUNCTIONS = [
     for function in (getattr(win32, name) for name in win32.__all__ if name[0].isupper())
     if inspect.isfunction(function) and inspect.signature(function).parameters
 ]
+ZERO = int(win32.HEAP_ZERO_MEMORY)
 ENTRY_NAMES = {"lpEntry", "lphl", "lphe", "lpSummary"}
 HANDLE_NAMES = {"hHeap", "HeapHandle", "hMem", "pMem", "lpMem", "hSnapshot", "hObject", "th32HeapID"}
 BUFFER_NAMES = {"HeapInformation", "ReturnLength", "ProcessHeaps"}
@@ -101,6 +104,38 @@ def test_a_wrong_value_is_never_an_exception(
             function(**arguments)
         if not win32.HeapValidate(heap, 0, None):
             heap = win32.HeapCreate(0, 0, 0)  # it was destroyed; that is what it was asked for
+
+
+@pytest.mark.parametrize("kind", [float, Decimal, Fraction, complex], ids=lambda kind: kind.__name__)
+def test_what_equals_an_int_is_none(heap: int, kind: type[Any]) -> None:
+    """A number of another type is a TypeError also where a handle, an address, flags or a size equal it."""
+    block = win32.HeapAlloc(heap, 0, 100)
+    for arguments in ((kind(heap), 0, 64), (heap, kind(0), 64), (heap, 0, kind(64)), (kind(heap), ZERO, 64)):
+        with pytest.raises(TypeError):
+            win32.HeapAlloc(*arguments)
+    for function in (win32.HeapFree, win32.HeapSize, win32.HeapValidate):
+        for arguments in ((kind(heap), 0, block), (heap, kind(0), block), (heap, 0, kind(block))):
+            with pytest.raises(TypeError):
+                function(*arguments)
+    assert busy(heap) == [(block, 100)]
+    assert win32.HeapFree(heap, 0, block)
+
+
+def test_what_counts_as_an_int_is_one(heap: int) -> None:
+    """As for ctypes: what has an __index__, such as numpy's integers and bool; another int object of the same value."""
+    numpy = pytest.importorskip("numpy")
+    for kind in (numpy.int64, numpy.uint64, lambda value: int(str(value))):
+        for flags in (0, ZERO):
+            block = win32.HeapAlloc(kind(heap), kind(flags), kind(1_000))
+            assert type(block) is int
+            assert win32.HeapSize(kind(heap), kind(0), kind(block)) == 1_000
+            assert win32.HeapFree(kind(heap), kind(0), kind(block)) is True
+    block = win32.HeapAlloc(heap, False, True)  # type: ignore[arg-type]
+    assert win32.HeapSize(heap, 0, block) == 1
+    with pytest.raises(TypeError):
+        win32.HeapAlloc(heap, 0, numpy.bool_(True))
+    assert win32.HeapFree(heap, False, block)
+    assert busy(heap) == []
 
 
 def test_structures_are_taken_in_every_form(heap: int) -> None:

@@ -3,7 +3,9 @@
 HeapAlloc and HeapFree do the common case in their first lines (no flags, or zeroed memory; a heap without debug
 checking; a block that this process allocated): what it costs there beyond the heap's own alloc and free is two dict
 operations. Whatever is unusual, or fails, is done again from the start by their `_slowly`, which also judges the
-arguments. A block is taken out of `blocks` before it is freed: afterwards its address may be another thread's block.
+arguments. A dict takes a float for the int that it equals, so what is not the very object that was given out has its
+type looked at. A block is taken out of `blocks` before it is freed: afterwards its address may be another thread's
+block.
 """
 
 from __future__ import annotations
@@ -142,13 +144,17 @@ def HeapAlloc(hHeap: int | None, dwFlags: int, dwBytes: int) -> int:
     """
     try:
         if dwFlags is _NO_FLAGS:
-            heap, blocks = hot[hHeap]  # type: ignore[index]
+            heap, blocks, handle = hot[hHeap]  # type: ignore[index]
+            if hHeap is not handle and type(hHeap) is not int:
+                raise TypeError
             block = heap.alloc(dwBytes)
             where = block.address
             blocks[where] = block
             return where
         if dwFlags is _ZERO or dwFlags is HEAP_ZERO_MEMORY:
-            heap, blocks = hot[hHeap]  # type: ignore[index]
+            heap, blocks, handle = hot[hHeap]  # type: ignore[index]
+            if hHeap is not handle and type(hHeap) is not int:
+                raise TypeError
             block = heap.alloc(dwBytes)
             try:
                 heap.mapping.zero(block.address, dwBytes)
@@ -183,9 +189,13 @@ def HeapFree(hHeap: int | None, dwFlags: int, lpMem: int | None) -> bool:
     ERROR_INVALID_PARAMETER for a block that is free or of another heap, the last error kept for any other address."""
     try:
         if dwFlags is _NO_FLAGS:
-            blocks = hot[hHeap][1]  # type: ignore[index]
+            _, blocks, handle = hot[hHeap]  # type: ignore[index]
             block = blocks[lpMem]  # type: ignore[index]
-            del blocks[lpMem]  # type: ignore[arg-type]
+            if (hHeap is not handle and type(hHeap) is not int) or (
+                lpMem is not block.address and type(lpMem) is not int
+            ):
+                raise TypeError
+            del blocks[lpMem]
             try:
                 block.free()
                 return True

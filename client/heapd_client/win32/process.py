@@ -30,8 +30,9 @@ __all__ = ["Process", "attach", "detach", "heap_of", "hot", "process"]
 
 HEAP_VARIABLE: Final = "HEAPD_HEAP"
 
-# Heaps whose HeapAlloc and HeapFree need nothing that heaps.py does not do in a line: handle -> (heap, its blocks).
-hot: Final[dict[int, tuple[Heap, dict[int, Block]]]] = {}
+# Heaps whose HeapAlloc and HeapFree need nothing that heaps.py does not do in a line, by handle: (heap, its blocks,
+# handle).
+hot: Final[dict[int, tuple[Heap, dict[int, Block], int]]] = {}
 
 # Handles of heaps that this process made, and that are gone: (instance of the arena, handle).
 _gone: Final[set[tuple[bytes, int]]] = set()
@@ -78,7 +79,7 @@ class Process:
                 found = self._open[handle] = CheckedHeap(heap) if _is_checked(heap) else OpenHeap(heap)
                 hot.pop(handle, None)
                 if not _is_checked(heap):
-                    hot[handle] = heap, found.blocks
+                    hot[handle] = heap, found.blocks, handle
             return found
 
     def find(self, handle: int) -> OpenHeap:
