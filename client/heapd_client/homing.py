@@ -37,7 +37,7 @@ _LOOKS: Final = 64  # blocks that one look for returned ones reads the words of
 _MAX_GUESTS: Final = 256  # arbitrary: objects kept for blocks that come again
 _GENERATION: Final = RUN_WORD.generation_shift
 _GENERATIONS: Final = RUN_WORD.generation_mask
-_SESSION_AND_SIZE: Final = (1 << _GENERATION) - 1
+_STEP: Final = 1 << _GENERATION  # from a word to the same with the next generation, but for the last one
 _SESSION: Final = RUN_WORD.cached(SESSION_MASK, 0)
 _new: Final[Callable[..., Any]] = tuple.__new__  # a named tuple without the Python function that its class calls
 _any_handle: Final[Callable[[Block], Handle]] = Block.handle.fget  # type: ignore[attr-defined]
@@ -74,17 +74,22 @@ class Away:
         slabs = self._mapping.shape.first_slab_slot
 
         def handle(self: Any) -> Handle:
-            word = self._word
+            word, slot = self._word, self.slot
             if word > 0:
-                if self._tail is None:
+                generation = word >> _GENERATION
+                if self._tail is None or generation == _GENERATIONS:
                     self._tail = tail(self)
+                    self._base = _following(generation) | own
+                else:
+                    self._base += _STEP
                 self._word = -word
-                self._base = (((word >> _GENERATION) + 1 & _GENERATIONS) or 1) << _GENERATION | own  # `_following`
-                by_slot[self.slot] = away
-                away[self.slot] = self
-            elif self.slot >= slabs:  # the object stands for a small block since it was resized
+                by_slot[slot] = away
+                away[slot] = self
+            elif slot >= slabs:  # the object stands for a small block since it was resized
                 return _any_handle(self)
-            return _new(Handle, (instance, self.slot, self.address, abs(word) >> _GENERATION))  # type: ignore[no-any-return]
+            else:
+                generation = -word >> _GENERATION
+            return _new(Handle, (instance, slot, self.address, generation))  # type: ignore[no-any-return]
 
         return property(handle, doc=Block.handle.__doc__)
 
@@ -103,7 +108,8 @@ class Away:
             away.pop(slot, None)
 
     def clear(self) -> None:
-        self._by_bin.clear()
+        for blocks in self._by_bin.values():  # which block types and streams refer to, too
+            blocks.clear()
         self._by_slot.clear()
 
     def collect(self, key: int) -> list[Any]:
@@ -130,25 +136,48 @@ class Away:
 class _Home:
     """What was sent to one session, as far as it has not come for it.
 
-    Fields: slot, live (its session word, and what that is while it lives), room (one item: bytes that may yet be sent),
-    sent (slot, word and extent of each), block_type (for blocks of its, made at the first need).
+    Fields: slot, live (its session word, and what that is while it lives), room (bytes that may yet be sent), kept (of
+    what may not: bytes that `Guests` has objects of, sent or not), sent (slot, word and extent of each other block),
+    block_type (for blocks of its, made at the first need).
     """
 
-    __slots__ = ("block_type", "live", "room", "sent", "slot")
+    __slots__ = ("block_type", "kept", "live", "room", "sent", "slot", "words")
 
-    def __init__(self, slot: int, live: int) -> None:
+    def __init__(self, words: memoryview, slot: int, live: int) -> None:
+        self.words = words
         self.slot = slot
         self.live = live
-        self.room = [_MAX_SENT]
+        self.room = _MAX_SENT
+        self.kept = 0
         self.sent: deque[tuple[int, int, int]] = deque()
         self.block_type: type[Block] | None = None
 
-    def recount(self, words: memoryview) -> None:
-        """Make room: blocks whose word is no longer what was stored were fetched."""
-        waiting = [entry for entry in self.sent if words[entry[0]] == entry[1]]
-        self.sent.clear()
-        self.sent.extend(waiting)
-        self.room[0] = _MAX_SENT - sum(extent for _, _, extent in waiting)
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may be sent; counted anew if need be: blocks whose word is no longer what was stored
+        were fetched."""
+        if self.room < size:
+            waiting = [entry for entry in self.sent if self.words[entry[0]] == entry[1]]
+            self.sent.clear()
+            self.sent.extend(waiting)
+            self.room = _MAX_SENT - self.kept - sum(extent for _, _, extent in waiting)
+        return self.room >= size
+
+    def count(self, slot: int, word: int, extent: int) -> None:
+        """A block is sent. Args: word (that it has until it is fetched), extent (bytes)."""
+        self.room -= extent
+        self.sent.append((slot, word, extent))
+
+    def keep(self, extent: int) -> None:
+        """A block of so many bytes may be sent, fetched, opened and sent again, uncounted."""
+        self.room -= extent
+        self.kept += extent
+
+    def drop(self, block: Any) -> None:
+        """A block is not kept any more."""
+        self.room += block.extent
+        self.kept -= block.extent
+        if self.words[block.slot] == block._base:
+            self.count(block.slot, block._base, block.extent)
 
 
 class Homes:
@@ -168,7 +197,7 @@ class Homes:
             if not live:
                 self._homes.pop(number, None)
                 return None
-            home = self._homes[number] = _Home(slot, live)
+            home = self._homes[number] = _Home(self._words, slot, live)
         return home
 
     def send(self, block: Block, word: int, extent: int) -> bool:
@@ -180,13 +209,10 @@ class Homes:
         home = self._home(number)
         if home is None:
             return False
-        if home.room[0] < extent:
-            home.recount(self._words)
-            if home.room[0] < extent:
-                return False
+        if not home.has_room(extent):
+            return False
         cached = _following(word >> _GENERATION) | RUN_WORD.cached(number, 0)
-        home.room[0] -= extent
-        home.sent.append((block.slot, cached, extent))
+        home.count(block.slot, cached, extent)
         block.forget()
         self._words[block.slot] = cached
         if self._words[home.slot] != home.live:
@@ -210,10 +236,9 @@ class Homes:
                 live,
                 home.slot,
                 home.live,
-                home.room,
-                home.sent,
                 self._heap.free,
                 self.save,
+                home,
             )
         return home.block_type
 
@@ -222,10 +247,11 @@ class Homes:
 
 
 class Guests:
-    """Objects of runs that other sessions allocated and this one has freed: the same ones come again, in a stream.
+    """Objects of runs that other sessions allocated and this one frees: the same ones come again, in a stream.
 
     To open a block by its handle is to check a page word, a state word and a slab or run, and to make an object and a
-    view. Where all but the generation is as before, the object of before will do.
+    view. Where all but the generation is as before, the object of before will do. It is sent home, fetched and opened
+    again before it can be sent once more: so what is sent of these objects is never more than what they are of.
     """
 
     def __init__(self, arena: Mapping) -> None:
@@ -235,45 +261,62 @@ class Guests:
         self._blocks: dict[int, Any] = {}  # by slot
 
     def keep(self, block: Any, word: int) -> None:
-        """Remember a run that was opened. Args: word (its state word)."""
+        """Remember a run that was opened, if as much may be sent to its owner. Args: word (its state word)."""
         if type(block) is Visitor:
             return
-        block._base = _following(word >> _GENERATION) | word & _SESSION
-        block._stem = word & _SESSION_AND_SIZE
+        former = self._blocks.pop(block.slot, None)
+        if former is not None:
+            self._drop(former)
+        if len(self._blocks) >= _MAX_GUESTS or not block._home_of.has_room(block.extent):
+            while self._blocks:
+                self._drop(self._blocks.popitem()[1])
+            if not block._home_of.has_room(block.extent):
+                return
+        generation = word >> _GENERATION
+        block._base = _following(generation) | word & _SESSION
+        block._turn = generation + 1  # beyond the last one: then a handle never has it
+        block._stem = RUN_WORD.size(word)
         directory, mapped = self._arena.page_slots(block.address >> PAGE_SHIFT)
         block._place = directory, self._words[directory], mapped, self._words[mapped]
-        if len(self._blocks) >= _MAX_GUESTS:
-            self._blocks.clear()
+        block._home_of.keep(block.extent)
         self._blocks[block.slot] = block
 
-    def reopen(self, handle: Any) -> Block | None:
-        """The block of a handle, or of its bytes, if it was here before and nobody has its object. None: look it up."""
-        try:
-            if type(handle) is bytes:
-                handle = unpack_handle(handle)
-            instance, slot, address, generation = handle
-            block = self._blocks[slot]
-        except (LookupError, TypeError, ValueError, HandleFormatError):
-            return None
-        if getrefcount(block) != _ALONE or block._word or not block._base:
-            return None
-        words = self._words
-        word = words[slot]
-        directory, entry, mapped, page = block._place
-        if (
-            word & _SESSION_AND_SIZE != block._stem
-            or word >> _GENERATION != generation
-            or block.address != address
-            or instance != self._instance
-            or words[directory] != entry
-            or words[mapped] != page
-            or words[block._live_slot] != block._live
-        ):
-            return None
-        block._base = _following(generation) | word & _SESSION
-        block._seen = -word if block._buffer is not None else None
-        block._word = -word
-        return block  # type: ignore[no-any-return]
+    def _drop(self, block: Any) -> None:
+        block._home_of.drop(block)
+        block._base = 0  # whoever has it frees it the slow way, which counts
+
+    def make_open(self, look_up: Callable[[Any], Block]) -> Callable[[Any], Block]:
+        """What opens a handle, or its bytes: the block's object of before if nobody has it, else what `look_up` says.
+
+        A closure, as those of hotpath.py are and for the same reason."""
+        blocks, words, here = self._blocks, self._words, self._instance
+
+        def reopen(handle: Any) -> Block:
+            try:
+                instance, slot, address, generation = unpack_handle(handle) if type(handle) is bytes else handle
+                block = blocks[slot]
+            except (LookupError, TypeError, ValueError, HandleFormatError):
+                return look_up(handle)
+            if getrefcount(block) == _ALONE and not block._word and block._base:
+                word, stored = words[slot], block._base
+                directory, entry, mapped, page = block._place
+                if (
+                    word == stored + block._stem  # allocated again by its owner, with the same size
+                    and generation == block._turn
+                    and block.address == address
+                    and instance == here
+                    and words[directory] == entry
+                    and words[mapped] == page
+                    and words[block._live_slot] == block._live
+                ):
+                    block._turn = generation + 1
+                    block._base = stored + _STEP if generation < _GENERATIONS else 0
+                    block._word = word = -word
+                    block._seen = word if block._buffer is not None else None
+                    return block  # type: ignore[no-any-return]
+            return look_up(handle)
+
+        return reopen
 
     def clear(self) -> None:
         self._blocks.clear()

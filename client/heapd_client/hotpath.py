@@ -32,7 +32,6 @@ of `alloc` something is: `is_quiet` tells who gives everything back whether a th
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Callable
 from sys import getrefcount
 from threading import get_ident
@@ -188,35 +187,30 @@ def make_guest_type(
     live: int,
     home_slot: int,
     home: int,
-    room: list[int],
-    sent: deque[tuple[int, int, int]],
     slow: SlowFree,
     save: SlowFree,
+    home_of: object,
 ) -> type[Block]:
     """The Block type of runs that another session allocated: `free` sends them home (homing.py).
 
-    Args: home_slot, home (the session's word, and what it is while it lives), room (bytes that may be sent), sent (gets
-    what is), save (told of a block whose owner died while it was sent).
+    Args: home_slot, home (the session's word, and what it is while it lives), save (told of a block whose owner died
+    while it was sent), home_of (for `Guests`).
     """
 
     class _Guest(Visitor):
-        __slots__ = ("_place", "_stem")
+        __slots__ = ("_place", "_stem", "_turn")
         _live_slot, _live = live_slot, live
+        _home_of = home_of
         view = _make_view(words, live_slot, live)
 
         def free(self) -> None:
             if (
                 (self._view is not None and not is_unseen(self))
-                or room[0] < self.extent
+                or not self._base  # it was resized, or is not kept: what is sent is to be counted
                 or words[live_slot] != live
                 or words[home_slot] != home
                 or words[self.slot] != -self._word
-                or not self._base  # it was resized: another block, another extent, perhaps another owner
             ):
-                return slow(self)
-            room[0] -= self.extent
-            sent.append((self.slot, self._base, self.extent))  # before: nothing may be called after the store
-            if words[self.slot] != -self._word:
                 return slow(self)
             self._word = 0
             words[self.slot] = self._base

@@ -12,6 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
 
@@ -465,9 +466,6 @@ class Session:
         """
         if self._is_closed:
             raise ClosedError("the session is closed")
-        block = self._guests.reopen(handle)
-        if block is not None:
-            return block
         handle = checked_handle(handle)
         located = locate(self.arena, handle)
         return self._open(handle, located, is_visitor=self.arena.shape.is_run_slot(handle.slot))
@@ -497,6 +495,8 @@ class Session:
             block = heap.guest(handle.slot, handle.address, located.extent, word)
             if not arena.has_executable_pages:
                 self._guests.keep(block, word)
+                if "open" not in self.__dict__:  # not before: it makes a cycle, as each heap does
+                    self.__dict__["open"] = self._guests.make_open(partial(Session.open, self))
             return block
         return Block(heap, handle.slot, handle.address, located.extent, -word)
 
@@ -542,6 +542,7 @@ class Session:
             self._keep_locked_mapped()
             self._heaps.clear()
             self._guests.clear()
+            self.__dict__.pop("open", None)
             self._default = None
             self.arena.close()
 
