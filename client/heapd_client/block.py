@@ -1,9 +1,9 @@
 """A block: its bytes in this process, what is known of it, and the rule that no view outlives it.
 
-A view must not dangle, so `free` and `realloc` are refused while one is alive. Every view is cut from an *exporter*, a
-memoryview of the block's bytes of its own: the exporter cannot be released while a memoryview, cast, slice or array
-made from it is alive, which is Python's own buffer bookkeeping and costs nothing. The block's own `view` is told apart
-from what is derived of it by its reference count.
+A view must not dangle, so `free` and `realloc` are refused while one is alive. Every view is cut from an *exporter*
+(exporter.py): it cannot be released while a memoryview, cast, slice or array made from it is alive, which is Python's
+own buffer bookkeeping and costs nothing. The block's own `view` is told apart from what is derived of it by its
+reference count.
 
 A block knows its state word (`_word`): what the arena's word must be for the block to be this one. It is negated once a
 handle was made, for then the next owner of the memory needs another generation; and 0 after free. That is all that
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import index
-from pickle import PickleBuffer
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +28,18 @@ from heapd.errors import (
 )
 from heapd.layout import RUN_WORD, SLAB_WORD, Handle, WordFormat
 
+from .exporter import IDLE, make_exporter, release_exporter
+
 if TYPE_CHECKING:
+    from pickle import PickleBuffer
     from types import TracebackType
 
     import numpy as np
 
     from .heap import Heap
 
-__all__ = ["IDLE_EXPORTER", "Block", "Visitor"]
+__all__ = ["Block", "Visitor"]
 
-IDLE_EXPORTER = 3  # references to an exporter of which no view is alive: the block's, its buffer's, getrefcount's
 _new_handle: Callable[..., Handle] = tuple.__new__  # without the Python function that the class calls
 _RUN_GENERATION, _SLAB_GENERATION = RUN_WORD.generation_shift, SLAB_WORD.generation_shift
 _OWN_REFERENCES = 2  # of an object that one local name alone refers to: the name, and getrefcount's argument
@@ -173,8 +174,7 @@ class Block:
         if self._buffer is None or (exporter is not None and exporter.nbytes != self.size):
             exporter = None  # an interrupted call made it, or it is left from a life of another size
         if exporter is None:
-            exporter = self._exporter = self.heap.mapping.base[self.address : self.address + self.size]
-            self._buffer = PickleBuffer(exporter)
+            self._exporter, self._buffer = make_exporter(self.heap.mapping.base, self.address, self.size)
             self._seen = self._word
         assert self._buffer is not None
         view = self._view = memoryview(self._buffer)
@@ -279,10 +279,10 @@ class Block:
         # Slices and casts keep the exporter in use, and numpy.ndarray(buffer=view), which keeps no buffer open, does
         # refer to it. Until that is known `_view` stays, released: a signal handler may raise after any call, and a
         # block without a view is one that the hot path's free does not look at.
-        if getrefcount(exporter) > IDLE_EXPORTER + 1:
+        if getrefcount(exporter) > IDLE + 1:
             raise self._in_use()
         view = self._view = self._exporter = self._buffer = self._seen = None
-        exporter.release()
+        release_exporter(exporter)
 
     def _in_use(self) -> BlockInUseError:
         return BlockInUseError(

@@ -39,7 +39,8 @@ from time import monotonic, sleep
 from types import CodeType, FunctionType
 from typing import Any, Final, NamedTuple
 
-from .block import IDLE_EXPORTER, Block, Visitor
+from .block import Block, Visitor
+from .exporter import IDLE
 
 __all__ = [
     "RELEASED",
@@ -134,7 +135,7 @@ def is_unseen(block: Any) -> bool:
         return False
     try:
         view = block._view = None
-        if getrefcount(block._exporter) == IDLE_EXPORTER:
+        if getrefcount(block._exporter) == IDLE:
             return True
         block._view = memoryview(block._buffer)
     except BaseException:

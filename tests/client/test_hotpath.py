@@ -16,6 +16,7 @@ import pytest
 from heapd.layout import BUSY, CACHED, SLAB_WORD
 from heapd_client import hotpath
 from heapd_client.block import Block
+from heapd_client.exporter import make_exporter
 from heapd_client.hotpath import is_quiet, make_alloc
 from tests.client.rig import CACHED_WORD, LARGER, LIVE, LIVE_SLOT, SESSION, SIZE, Odd, Rig, Stack
 from tests.client.tools import Interrupt
@@ -308,10 +309,7 @@ def test_an_interrupt_after_the_front_end_stopped_is_passed_on(rig: Rig) -> None
 # -- views -------------------------------------------------------------------------------------------------------------
 def give_view(block: Block) -> memoryview:
     """What `Block.view` makes, without a mapping."""
-    from pickle import PickleBuffer
-
-    block._exporter = memoryview(bytearray(SIZE))
-    block._buffer = PickleBuffer(block._exporter)
+    block._exporter, block._buffer = make_exporter(memoryview(bytearray(SIZE)), 0, SIZE)
     block._view = memoryview(block._buffer)
     return block._view
 

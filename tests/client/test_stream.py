@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pickle import PickleBuffer
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from heapd.errors import ClosedError
 from heapd.layout import BUSY, CACHED, SLAB_WORD
 from heapd_client import stream as module
 from heapd_client.block import Block
+from heapd_client.exporter import make_exporter
 from heapd_client.hotpath import is_quiet
 from heapd_client.stream import Stream
 from tests.client.rig import CACHED_WORD, SESSION, SIZE, Odd, Rig
@@ -76,8 +76,7 @@ def interrupt() -> None:
 
 def give_a_view(block: Block) -> memoryview:
     """As `view` does: what it is cut from, and itself."""
-    block._exporter = memoryview(bytearray(SIZE))
-    block._buffer = PickleBuffer(block._exporter)
+    block._exporter, block._buffer = make_exporter(memoryview(bytearray(SIZE)), 0, SIZE)
     block._view = memoryview(block._buffer)
     block._seen = block._word
     return block._view
