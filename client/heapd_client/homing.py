@@ -318,5 +318,9 @@ class Guests:
 
         return reopen
 
-    def clear(self) -> None:
-        self._blocks.clear()
+    def clear(self, heap: Heap | None = None) -> None:
+        """Keep none, or none of a heap: it was closed here, and so are the blocks that somebody still has."""
+        for slot, block in list(self._blocks.items()):
+            if heap is None or block.heap is heap:
+                del self._blocks[slot]
+                self._drop(block)

@@ -453,6 +453,7 @@ class Session:
                 del self._heaps[heap.id]
             if self._default is heap:
                 self._default = None
+            self._guests.clear(heap)
             if heap.must_stay_mapped:
                 self._left_locked.append(heap)
 

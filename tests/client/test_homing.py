@@ -69,6 +69,24 @@ def test_what_came_home_is_cached_by_its_owner(producer: hc.Heap, consumer: hc.H
         block.free()
 
 
+@pytest.mark.parametrize("what", ["heap", "session"])
+def test_a_run_of_a_heap_that_was_closed_here_cannot_be_freed(producer: hc.Heap, consumer: hc.Heap, what: str) -> None:
+    """Its object is of no use any more; opened again, it is one of the heap as it is opened again."""
+    block = producer.alloc(FRAME)
+    hand_over(block, consumer).free()
+    block = producer.alloc(FRAME)
+    opened = hand_over(block, consumer)
+    (consumer if what == "heap" else consumer.session).close()
+    with pytest.raises(hc.ClosedError):
+        opened.free()
+    del opened
+    if what == "heap":
+        again = consumer.session.open(block.handle)
+        assert again.heap.is_live
+        again.free()
+        assert producer.statistics().busy_blocks == 0
+
+
 def test_an_object_of_the_owner_goes_stale_when_the_block_comes_home(producer: hc.Heap, consumer: hc.Heap) -> None:
     """It is not the one that the memory's next life gets."""
     block = producer.alloc(FRAME)
