@@ -105,7 +105,7 @@ def die_everywhere(fate: Fate, operate: Callable[[Scene], Any], gone: set[int], 
                 operate(it)
                 return number // step
             except Death:
-                fate.spare()
+                it.it.die()
             it.it.rise()
             it.check()
             it.check_bytes({it.blocks[each][0].address for each in gone})
@@ -156,7 +156,8 @@ def die_again(fate: Fate, name: str, first: int, step: int = 1) -> int:
                 operate(it)
                 return 0
             except Death:
-                fate.strike_at(number)
+                it.it.die()
+            fate.strike_at(number)
             try:
                 it.it.rise()
                 return number // step

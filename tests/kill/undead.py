@@ -153,12 +153,21 @@ class Undead:
             while not job.step():
                 pass
 
+    def die(self) -> None:
+        """From now on it changes nothing: what it was at, a job's generator, goes on when it is collected."""
+        self.fate.spare()
+        for segment in self._segments():
+            segment.buffer.is_dead = segment.words.is_dead = True  # type: ignore[attr-defined]
+
     def _bury(self) -> None:
-        ledger = self.manager._ledger
-        assert isinstance(ledger, Ledger)
-        for segment in (self.manager.arena.segment, ledger.volume.segment):
+        for segment in self._segments():
             segment.buffer.is_dead = segment.words.is_dead = True  # type: ignore[attr-defined]
             segment.close()
+
+    def _segments(self) -> tuple[Segment, Segment]:
+        ledger = self.manager._ledger
+        assert isinstance(ledger, Ledger)
+        return self.manager.arena.segment, ledger.volume.segment
 
     def remove(self) -> None:
         self.manager.shutdown()
