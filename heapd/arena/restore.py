@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from mmap import MADV_REMOVE
 from typing import Final
@@ -13,15 +14,18 @@ from heapd.errors import SegmentError
 from heapd.layout import (
     CONTROL_SIZE,
     H_CONTROLS_READY,
+    H_HEAP_LIMIT,
     H_INSTANCE,
     H_MAGIC,
     H_PAGE_COUNT,
     H_SESSIONS_READY,
+    H_STATE,
     H_VERSION,
     KIND_NONE,
-    LAYOUT_VERSION,
     MAGIC,
     PAGE_FREE,
+    RUNNING,
+    STARTING,
     WORD,
     ArenaShape,
     make_page_word,
@@ -30,9 +34,12 @@ from heapd.units import GRANULE_PAGES, PAGE_SHIFT, PAGE_SIZE, align_up
 
 __all__ = ["restore_arena"]
 
+log = logging.getLogger("heapd.arena")
+
 _IS_COMMITTED: Final = bytes(256).replace(b"\0\0\0", b"\0\0\1", 1)
 _COMMITTED: Final = re.compile(rb"\x02+")
 _IN_USE: Final = re.compile(rb"[\x01\x02]+")
+_LASTING: Final = (H_MAGIC, H_VERSION, H_INSTANCE, H_INSTANCE + 1, H_PAGE_COUNT, H_HEAP_LIMIT)  # always the same
 _REMOVE_PAGES: Final = 1 << 24  # 64 GiB of holes at once cost as much as one page
 
 
@@ -40,6 +47,7 @@ def restore_arena(
     name: str,
     *,
     instance: bytes,
+    inode: int,
     states: bytearray,
     regions: list[tuple[int, int]],
     commit_limit: int,
@@ -47,16 +55,18 @@ def restore_arena(
     incarnation: int,
 ) -> Arena:
     """Take over the arena of an earlier process, whose records say what its pages are. What they do not say is
-    committed is given back to the system, and the page map outside regions is written anew; heaps do the rest.
+    committed is given back to the system; the header, and the page map outside regions, are written anew; heaps do
+    the rest.
 
-    Args:    name (of the segment), instance (its identity), states (PAGE_* of each page; kept), regions ((first
-             page, pages) of all heaps), commit_limit, peak (bytes), incarnation (of the daemon on this arena).
-    Raises:  SegmentError if the segment is missing, unfinished, another one, or of another size.
+    Args:    name (of the segment), instance (its identity), inode (of its file), states (PAGE_* of each page; kept),
+             regions ((first page, pages) of all heaps), commit_limit, peak (bytes), incarnation (of the daemon on this
+             arena).
+    Raises:  SegmentError if the segment is missing, another one, or of another size.
     """
     regions = sorted((first, align_up(count, GRANULE_PAGES)) for first, count in regions)
     segment = Segment.attach(name)
     try:
-        _check_header(segment, instance, len(states))
+        _check_file(segment, inode, len(states))
         arena = Arena(segment, ArenaShape(len(states)), Budget(commit_limit))
     except SegmentError:
         segment.close()
@@ -68,23 +78,29 @@ def restore_arena(
     arena.budget.peak = max(peak, arena.budget.committed)
     _restore_tables(arena)
     _restore_free(arena, regions)
-    arena._write_header(incarnation)
-    arena._tell(H_MAGIC, MAGIC)
+    _rewrite_header(arena, incarnation)
     return arena
 
 
-def _check_header(segment: Segment, instance: bytes, page_count: int) -> None:
-    """Raises: SegmentError if the segment is not the arena that the records are of."""
-    words = segment.words
-    if segment.size < PAGE_SIZE or not segment.allocated_bytes or words[H_MAGIC] != MAGIC:
-        raise SegmentError(f"the arena {segment.name} is incomplete: the daemon that was making it did not finish")
-    if words[H_VERSION] != LAYOUT_VERSION:
-        raise SegmentError(f"the arena {segment.name} has memory layout {words[H_VERSION]}, this is {LAYOUT_VERSION}")
-    if segment.size != page_count * PAGE_SIZE or words[H_PAGE_COUNT] != page_count:
+def _check_file(segment: Segment, inode: int, page_count: int) -> None:
+    """Raises: SegmentError if the segment is not the arena that the records are of. Its header has no say in that."""
+    if segment.size != page_count * PAGE_SIZE:
         raise SegmentError(f"the arena {segment.name} has {segment.size} bytes, its records are of {page_count} pages")
-    found = words[H_INSTANCE].to_bytes(8, "little") + words[H_INSTANCE + 1].to_bytes(8, "little")
-    if found != instance:
+    if segment.inode != inode:
         raise SegmentError(f"the arena {segment.name} is another one than its records are of")
+
+
+def _rewrite_header(arena: Arena, incarnation: int) -> None:
+    """Write the header from the records, and log which words somebody else had written to."""
+    found = {slot: arena.words[slot] for slot in (*_LASTING, H_STATE)}
+    arena._write_header(incarnation)
+    arena._tell(H_MAGIC, MAGIC)
+    wrong = [slot for slot in _LASTING if found[slot] != arena.words[slot]]
+    if found[H_STATE] not in (STARTING, RUNNING):
+        wrong.append(H_STATE)
+    if wrong:
+        what = ", ".join(f"word {slot} was {found[slot]:#x}" for slot in wrong)
+        log.error("the header of the arena %s was overwritten, and is put right: %s", arena.segment.name, what)
 
 
 def _restore_tables(arena: Arena) -> None:

@@ -137,6 +137,11 @@ class Segment:
         """Bytes of memory behind the segment, as the kernel counts them."""
         return os.fstat(self.fd).st_blocks * 512
 
+    @property
+    def inode(self) -> int:
+        """The file's number: another file of the same name and bytes has another one."""
+        return os.fstat(self.fd).st_ino
+
     def unlink(self) -> None:
         """Remove the name; mappings go on working on memory that goes with the last of them."""
         remove_segment(self.name)

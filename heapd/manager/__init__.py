@@ -1,8 +1,18 @@
 """Many heaps for many clients: sessions, names, limits, and every operation on them."""
 
-from heapd.manager.ledger import is_ledger_sealed
+from heapd.manager.ledger import LedgerHeader, read_ledger_header, stop_ledger
 from heapd.manager.manager import HeapManager, Job, Limits
 from heapd.manager.names import Waiter
 from heapd.manager.sessions import KEPT_REPLIES, Session
 
-__all__ = ["KEPT_REPLIES", "HeapManager", "Job", "Limits", "Session", "Waiter", "is_ledger_sealed"]
+__all__ = [
+    "KEPT_REPLIES",
+    "HeapManager",
+    "Job",
+    "LedgerHeader",
+    "Limits",
+    "Session",
+    "Waiter",
+    "read_ledger_header",
+    "stop_ledger",
+]

@@ -138,6 +138,7 @@ class HeapManager:
             instance=arena.instance,
             page_count=arena.shape.page_count,
             commit_limit=arena.budget.limit,
+            inode=arena.segment.inode,
         )
         try:
             arena.journal = journal = Ledger(volume, arena.words)
@@ -481,8 +482,19 @@ class HeapManager:
             "ledger": 0 if self._ledger is None else self._ledger.volume.segment.allocated_bytes,
         }
 
+    def start(self, pid: int, start_time: int) -> None:
+        """Say who serves the arena: in its header for clients, in the ledger for the next daemon.
+
+        Args: pid, start_time (clock ticks after boot, /proc/PID/stat field 22).
+        """
+        if self._ledger is not None:
+            self._ledger.volume.name_server(pid, start_time)
+        self.arena.start(pid, start_time)
+
     def shutdown(self) -> None:
         """Mark the arena as stopped on purpose and unlink it, and with it the ledger."""
+        if self._ledger is not None:
+            self._ledger.volume.stop()  # first: what the header says counts for clients alone
         self.arena.stop()
         if self._ledger is not None:
             self._ledger.volume.remove()

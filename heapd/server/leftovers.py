@@ -3,7 +3,7 @@
 An arena is adopted, with its ledger, when it is whole, of this layout and of the size that is wanted. One that was
 never finished, or whose daemon was just stopping, holds nothing that anybody was promised, and is removed. One that may
 hold something but cannot be served, because it is of another layout or size, is neither used nor removed: the user is
-told.
+told. What counts is what the ledger and the kernel say: the arena's header is for clients, who can write to it.
 
 All of it is done under the endpoint's lock, so that the earlier daemon is known to be dead. Nothing here maps a
 segment or waits for anything.
@@ -16,14 +16,13 @@ import logging
 import os
 import stat
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from heapd.arena import remove_segment
 from heapd.errors import SegmentError
 from heapd.layout import (
     H_MAGIC,
-    H_PAGE_COUNT,
     H_PID,
     H_START_TIME,
     H_STATE,
@@ -33,7 +32,7 @@ from heapd.layout import (
     STOPPED,
     WORD,
 )
-from heapd.manager import is_ledger_sealed
+from heapd.manager import LedgerHeader, read_ledger_header, stop_ledger
 from heapd.server.credentials import start_time_of
 from heapd.server.gate import SHUT_SUFFIX
 from heapd.units import GRANULE_SIZE, PAGE_SHIFT, align_up, format_size
@@ -43,13 +42,13 @@ __all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "ins
 
 log = logging.getLogger("heapd.server")
 
-_HEADER_WORDS = max(H_MAGIC, H_VERSION, H_STATE, H_PAGE_COUNT, H_PID, H_START_TIME) + 1
+_HEADER_WORDS = max(H_MAGIC, H_VERSION, H_STATE, H_PID, H_START_TIME) + 1
 _SHM = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
 class Remains:
-    """A segment that is there, by its header; see the module.
+    """A segment that is there; see the module.
 
     Fields: is_foreign (of another user, or no plain file), pid (of the daemon that serves or served it, 0 if it did
     not get so far), is_alive (that very process still runs), useless (why nothing in it is worth keeping, "" if
@@ -97,6 +96,7 @@ def claim_segment(endpoint: Endpoint, reserve: int | None = None) -> Claim:
             )
         if remains.useless:
             log.warning("removing the shared memory segment %s, which %s", name, remains.useless)
+            mark_stopped(name)
             _remove(name)
             return Claim.of(name, is_there=False)
         _check_fit(name, remains, reserve)
@@ -133,7 +133,7 @@ def _check_fit(name: str, remains: Remains, reserve: int | None) -> None:
 
 
 def inspect_segment(name: str) -> Remains | None:
-    """What the segment `name` is, None if there is none. Reads its header without mapping it."""
+    """What the segment `name` is, None if there is none. Maps nothing."""
     try:
         descriptor = os.open(f"{_SHM}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -147,24 +147,38 @@ def inspect_segment(name: str) -> Remains | None:
         header = os.pread(descriptor, _HEADER_WORDS * WORD, 0)
     finally:
         os.close(descriptor)
+    ledger = read_ledger_header(name + LEDGER_SUFFIX)
+    if ledger is not None and ledger.is_intact:
+        return _by_ledger(ledger, status.st_size)
     if len(header) < _HEADER_WORDS * WORD:
         return Remains(False, useless="was never finished: it has no header", size=status.st_size)
-    return _read_header(name, struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
+    remains = _by_header(struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
+    return remains if ledger is None else replace(remains, useless="", version=LAYOUT_VERSION)
 
 
-def _read_header(name: str, words: tuple[int, ...], size: int) -> Remains:
-    pid = words[H_PID]
+def _by_ledger(ledger: LedgerHeader, size: int) -> Remains:
+    """What an arena is whose ledger counts, whatever its header says."""
     useless = ""
+    if ledger.is_stopped:
+        useless = f"the daemon of process {ledger.pid} was about to remove"
+    elif ledger.layout_version == LAYOUT_VERSION and ledger.page_count << PAGE_SHIFT != size:
+        useless = f"is damaged: {size} bytes long, and its records are of {ledger.page_count << PAGE_SHIFT}"
+    return Remains(False, ledger.pid, _is_running(ledger.pid, ledger.start_time), useless, ledger.layout_version, size)
+
+
+def _by_header(words: tuple[int, ...], size: int) -> Remains:
+    """What an arena is that has no ledger that counts: one of another layout may be whole all the same."""
+    pid, version = words[H_PID], words[H_VERSION]
+    useless = "" if version != LAYOUT_VERSION else "was never finished: it has no ledger"
     if words[H_MAGIC] != MAGIC:
         useless, pid = "was never finished: its header does not say so", 0
     elif words[H_STATE] == STOPPED:
         useless = f"the daemon of process {pid} was about to remove"
-    elif words[H_VERSION] == LAYOUT_VERSION and words[H_PAGE_COUNT] << PAGE_SHIFT != size:
-        useless = f"is damaged: {size} bytes long, and its header says {words[H_PAGE_COUNT] << PAGE_SHIFT}"
-    elif words[H_VERSION] == LAYOUT_VERSION and not is_ledger_sealed(name + LEDGER_SUFFIX):
-        useless = "was never finished: it has no ledger"
-    is_alive = bool(pid) and start_time_of(pid) == words[H_START_TIME]
-    return Remains(False, pid, is_alive, useless, words[H_VERSION], size)
+    return Remains(False, pid, _is_running(pid, words[H_START_TIME]), useless, version, size)
+
+
+def _is_running(pid: int, start_time: int) -> bool:
+    return bool(pid) and start_time_of(pid) == start_time
 
 
 def discard(endpoint: Endpoint) -> None:
@@ -178,7 +192,9 @@ def discard(endpoint: Endpoint) -> None:
 
 
 def mark_stopped(name: str) -> None:
-    """Say in an arena's header that it was stopped on purpose, so that its clients do not wait for another daemon."""
+    """Say that an arena was stopped on purpose: in its ledger, so that no daemon goes on with it, and in its header,
+    so that its clients do not wait for one."""
+    stop_ledger(name + LEDGER_SUFFIX)
     with contextlib.suppress(OSError):  # nobody has it mapped, then
         descriptor = os.open(f"{_SHM}/{name}", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -217,7 +217,7 @@ def _service(config: Config, manager: HeapManager, arena: Arena) -> Service:
     pid = os.getpid()
     start_time = start_time_of(pid)
     assert start_time is not None, "a running process has a start time"
-    arena.start(pid, start_time)
+    manager.start(pid, start_time)
     endpoint = config.endpoint
     identity = Identity(
         name=endpoint.name,

@@ -26,7 +26,7 @@ def name() -> Iterator[str]:
 @pytest.fixture
 def volume(name: str) -> Iterator[Volume]:
     """A new one, of a small arena."""
-    volume = Volume.create(name, instance=bytes(range(16)), page_count=4096, commit_limit=7 * MIB)
+    volume = Volume.create(name, instance=bytes(range(16)), page_count=4096, commit_limit=7 * MIB, inode=5)
     volume.seal()
     yield volume
     volume.segment.close()
@@ -129,7 +129,7 @@ def test_there_is_always_room_for_a_large_record(volume: Volume, monkeypatch: py
 # -- what is refused -------------------------------------------------------------------------------------------------
 def test_a_ledger_that_was_never_finished_is_refused(name: str) -> None:
     """It was made, and not sealed."""
-    volume = Volume.create(name, instance=bytes(16), page_count=4096, commit_limit=MIB)
+    volume = Volume.create(name, instance=bytes(16), page_count=4096, commit_limit=MIB, inode=5)
     with pytest.raises(SegmentError, match="incomplete"):
         Volume.open(name)
     volume.segment.close()

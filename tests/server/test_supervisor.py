@@ -10,12 +10,28 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import heapd_client as hc
-from heapd.layout import H_MAGIC, H_PAGE_COUNT, H_STATE, H_VERSION, LAYOUT_VERSION, MAGIC, RUNNING, STOPPED, WORD
+from heapd.layout import (
+    H_INSTANCE,
+    H_MAGIC,
+    H_PAGE_COUNT,
+    H_PID,
+    H_START_TIME,
+    H_STATE,
+    H_VERSION,
+    LAYOUT_VERSION,
+    MAGIC,
+    RUNNING,
+    STOPPED,
+    WORD,
+)
+from heapd.manager.ledger.volume import L_MAGIC, L_STOPPED, L_VERSION, LEDGER_VERSION
 from heapd.server import Config, supervisor
+from heapd.server.credentials import start_time_of
 from heapd.server.lock import DaemonLock
 from heapd.server.supervisor import Life, Supervisor
 from heapd.units import PAGE_SHIFT
@@ -200,19 +216,25 @@ def name() -> str:
     return unique_name()
 
 
-def leave(daemon: Daemon, *, size: int | None = None, **words: int) -> Path:
-    """Kill the daemon, and change its segment: its size in bytes, words of its header by name."""
+def leave(
+    daemon: Daemon,
+    *,
+    size: int | None = None,
+    header: dict[int, int] | None = None,
+    ledger: dict[int, int] | None = None,
+) -> Path:
+    """Kill the daemon, and change what it left: words of the arena's header and of the ledger's, the arena's size."""
     daemon.status()
     daemon.kill()
-    path = SEGMENTS / daemon.segments()[0]
-    slots = {"magic": H_MAGIC, "version": H_VERSION, "page_count": H_PAGE_COUNT, "state": H_STATE}
-    with path.open("r+b") as file:
-        for word, value in words.items():
-            file.seek(slots[word] * WORD)
-            file.write(value.to_bytes(WORD, "little"))
-        if size is not None:
-            file.truncate(size)
-    return path
+    arena, records = (SEGMENTS / name for name in daemon.segments())
+    for path, words in ((arena, header or {}), (records, ledger or {})):
+        with path.open("r+b") as file:
+            for slot, value in words.items():
+                file.seek(slot * WORD)
+                file.write(value.to_bytes(WORD, "little"))
+    if size is not None:
+        os.truncate(arena, size)
+    return arena
 
 
 def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon, name: str) -> None:
@@ -289,17 +311,18 @@ def test_a_damaged_ledger_is_neither_used_nor_removed(start_daemon: StartDaemon,
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ({"size": 0}, "was never finished: it has no header"),
-        ({"size": 40}, "was never finished: it has no header"),
-        ({"magic": 0}, "was never finished: its header does not say so"),
+        ({"size": 0, "ledger": {L_MAGIC: 0}}, "was never finished: it has no header"),
+        ({"size": 40, "ledger": {L_MAGIC: 0}}, "was never finished: it has no header"),
+        ({"header": {H_MAGIC: 0}, "ledger": {L_MAGIC: 0}}, "was never finished: its header does not say so"),
+        ({"ledger": {L_MAGIC: 0}}, "was never finished: it has no ledger"),
+        ({"size": 0}, "is damaged: 0 bytes long, and its records are of 1073741824"),
         ({"size": 1 << 20}, "is damaged: 1048576 bytes long"),
-        ({"page_count": 7}, "is damaged: .* its header says 28672"),
-        ({"state": STOPPED}, "the daemon of process .* was about to remove"),
+        ({"ledger": {L_STOPPED: 1}}, "the daemon of process .* was about to remove"),
     ],
-    ids=["empty", "short", "unfinished", "truncated", "miscounted", "stopped"],
+    ids=["begun", "short", "unfinished", "unrecorded", "empty", "truncated", "stopped"],
 )
 def test_a_segment_that_is_not_whole_is_replaced(
-    start_daemon: StartDaemon, name: str, damage: dict[str, int], said: str
+    start_daemon: StartDaemon, name: str, damage: dict[str, Any], said: str
 ) -> None:
     """The log says which and why; the next daemon answers at once, on a new arena."""
     first = start_daemon(name=name)
@@ -309,6 +332,50 @@ def test_a_segment_that_is_not_whole_is_replaced(
     assert re.search(f"removing the shared memory segment {path.name}, which {said}", second.log)
     assert path.stat().st_ino != inode
     assert second.status()["incarnation"] == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {H_MAGIC: 0},
+        {H_VERSION: LAYOUT_VERSION + 1},
+        {H_PAGE_COUNT: 7},
+        {H_STATE: STOPPED},
+        {H_INSTANCE: 0, H_INSTANCE + 1: 0},
+        dict.fromkeys(range(512), 2**64 - 1),
+    ],
+    ids=["magic", "version", "page-count", "state", "instance", "everything"],
+)
+def test_a_header_that_a_client_scribbled_over_is_put_right(
+    start_daemon: StartDaemon, name: str, words: dict[int, int]
+) -> None:
+    """All that a start needs is in the ledger: nothing is lost, clients of before and new ones go on, and the log names
+    the words."""
+    first = start_daemon(name=name)
+    with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap("work")
+        block = heap.alloc(1000)
+        block.view[:4] = b"kept"
+        heap.publish("it", block)
+        path = leave(first, header=words)
+        second = start_daemon(name=name)
+        assert second.segments()[0] == path.name
+        assert bytes(heap.lookup("it").view[:4]) == b"kept"
+        assert heap.validate() == []
+        with hc.connect(second.endpoint, autostart=False) as other:
+            assert bytes(other.open_heap("work").lookup("it").view[:4]) == b"kept"
+    said = (
+        f"ERROR heapd.arena: the header of the arena {path.name} was overwritten, and is put right: word {min(words)} "
+    )
+    assert said in second.log
+
+
+def test_a_header_that_names_somebody_else_keeps_nobody_out(start_daemon: StartDaemon, name: str) -> None:
+    """Who serves an arena, the ledger knows."""
+    first = start_daemon(name=name)
+    leave(first, header={H_PID: os.getpid(), H_START_TIME: start_time_of(os.getpid()) or 0})
+    second = start_daemon(name=name)
+    assert second.status()["restarts"] == 1
 
 
 def test_what_is_in_a_sockets_place_and_cannot_be_removed_is_named(tmp_path: Path) -> None:
@@ -326,7 +393,7 @@ def test_what_is_in_a_sockets_place_and_cannot_be_removed_is_named(tmp_path: Pat
 def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: StartDaemon, name: str) -> None:
     """Another heapd may want it: one line says what it is and the two things to do about it."""
     first = start_daemon(name=name)
-    path = leave(first, version=LAYOUT_VERSION + 1)
+    path = leave(first, ledger={L_VERSION: LEDGER_VERSION << 32 | LAYOUT_VERSION + 1})
     refused = serve(first.endpoint)
     assert refused.returncode == 1
     assert re.fullmatch(

@@ -4,6 +4,16 @@ from heapd.manager.ledger.ledger import Ledger
 from heapd.manager.ledger.records import Records
 from heapd.manager.ledger.recovery import restore_arena, restore_directory
 from heapd.manager.ledger.retelling import retell
-from heapd.manager.ledger.volume import Volume, is_ledger_sealed
+from heapd.manager.ledger.volume import LedgerHeader, Volume, read_ledger_header, stop_ledger
 
-__all__ = ["Ledger", "Records", "Volume", "is_ledger_sealed", "restore_arena", "restore_directory", "retell"]
+__all__ = [
+    "Ledger",
+    "LedgerHeader",
+    "Records",
+    "Volume",
+    "read_ledger_header",
+    "restore_arena",
+    "restore_directory",
+    "retell",
+    "stop_ledger",
+]

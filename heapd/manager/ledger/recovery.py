@@ -34,6 +34,7 @@ def restore_arena(segment: str, volume: Volume, records: Records, incarnation: i
     return take_over(
         segment,
         instance=volume.instance,
+        inode=volume.inode,
         states=records.pages,
         regions=regions,
         commit_limit=volume.commit_limit,

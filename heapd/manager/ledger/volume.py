@@ -14,10 +14,12 @@ written down whatever /dev/shm says by then.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from mmap import MADV_REMOVE
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 from zlib import crc32
 
@@ -26,7 +28,7 @@ from heapd.errors import SegmentError
 from heapd.layout import LAYOUT_VERSION, WORD
 from heapd.units import GIB, MIB, PAGE_SIZE, align_up
 
-__all__ = ["Log", "Volume", "is_ledger_sealed"]
+__all__ = ["LedgerHeader", "Log", "Volume", "read_ledger_header", "stop_ledger"]
 
 LEDGER_VERSION: Final = 2
 _MAGIC: Final = int.from_bytes(b"heapdlog", "little")
@@ -41,12 +43,17 @@ L_COMMIT_LIMIT: Final = 8  # bytes that the arena may commit
 L_INCARNATION: Final = 9  # processes that have served the arena
 L_ACTIVE: Final = 10  # 0 or 1: the log that counts
 L_APPLIED: Final = 11  # number of the last record that was carried out
+L_PID: Final = 12  # who serves the arena, as its header says it to clients; 0 before
+L_START_TIME: Final = 13
+L_INODE: Final = 14  # of the arena's file: what the kernel says, and no client can write
+L_STOPPED: Final = 15  # 1 once it is to go, arena and all
 
 _AHEAD: Final = 2 * MIB  # arbitrary: several times the largest record, a batch of 4,096 blocks with its answer
 _STEP: Final = 1 * MIB
 _WIPE_SLICE: Final = 8 * MIB  # measured: 2 ms
 _AREA_SLICE: Final = 1 * GIB  # at the start nobody waits, and holes cost nothing
-_MAX_FRAME: Final = (1 << 32) - 1
+_LOW_HALF: Final = (1 << 32) - 1
+_HEADER_WORDS: Final = L_STOPPED + 1
 
 
 class Log:
@@ -108,7 +115,7 @@ class Log:
         while True:
             at = self._base + self.end
             word = self._words[at // WORD]
-            size = word & _MAX_FRAME
+            size = word & _LOW_HALF
             if not word:
                 return
             payload = bytes(self._buffer[at + WORD : at + WORD + size]) if self.end + size < self._size else b""
@@ -147,7 +154,7 @@ class Log:
 
 
 class Volume:
-    """Header and logs. Fields: segment, instance (16 bytes: the arena's), page_count, commit_limit, logs."""
+    """Header and logs. Fields: segment, instance (16 bytes: the arena's), page_count, commit_limit, inode, logs."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
@@ -155,11 +162,12 @@ class Volume:
         self.instance = words[L_INSTANCE].to_bytes(8, "little") + words[L_INSTANCE + 1].to_bytes(8, "little")
         self.page_count: int = words[L_PAGE_COUNT]
         self.commit_limit: int = words[L_COMMIT_LIMIT]
+        self.inode: int = words[L_INODE]
         area = words[L_AREA]
         self.logs = Log(segment, PAGE_SIZE, area), Log(segment, PAGE_SIZE + area, area)
 
     @classmethod
-    def create(cls, name: str, *, instance: bytes, page_count: int, commit_limit: int) -> Volume:
+    def create(cls, name: str, *, instance: bytes, page_count: int, commit_limit: int, inode: int) -> Volume:
         """Make the segment of an arena's ledger. It counts once `seal` was called.
 
         Raises: SegmentError; nothing is left behind.
@@ -182,6 +190,7 @@ class Volume:
         words[L_PAGE_COUNT] = page_count
         words[L_COMMIT_LIMIT] = commit_limit
         words[L_INCARNATION] = 1
+        words[L_INODE] = inode
         return cls(segment)
 
     def seal(self) -> None:
@@ -246,25 +255,73 @@ class Volume:
         self._words[L_INCARNATION] += 1
         return self.incarnation
 
+    def name_server(self, pid: int, start_time: int) -> None:
+        """Say who serves the arena from now on."""
+        self._words[L_PID] = 0  # a kill in between must not leave one's id with the other's time
+        self._words[L_START_TIME] = start_time
+        self._words[L_PID] = pid
+
+    def stop(self) -> None:
+        """From now on nobody is to go on with the arena."""
+        self._words[L_STOPPED] = 1
+
     def remove(self) -> None:
         """Unlink and unmap it."""
         self.segment.unlink()
         self.segment.close()
 
 
-def is_ledger_sealed(name: str) -> bool:
-    """Whether the ledger of that name is there, and its daemon got so far as to keep records in it. Maps nothing.
+class LedgerHeader(NamedTuple):
+    """What the first page of a ledger says that counts.
 
-    A seal that was damaged since is one: what was recorded under it is not to be taken for nothing.
+    Fields: is_intact (False: its seal is damaged, and the rest means nothing), layout_version, page_count, pid (of who
+    serves the arena or did, 0: nobody has), start_time, is_stopped.
+    """
+
+    is_intact: bool
+    layout_version: int
+    page_count: int
+    pid: int
+    start_time: int
+    is_stopped: bool
+
+
+def read_ledger_header(name: str) -> LedgerHeader | None:
+    """The header of this user's ledger of that name; None if there is none that counts. Maps nothing.
+
+    A seal that was damaged since counts: what was recorded under it is not to be taken for nothing.
     """
     try:
         descriptor = os.open(SHM_DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
-        return False
+        return None
     try:
-        return any(os.pread(descriptor, WORD, L_MAGIC * WORD))
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            return None
+        page = os.pread(descriptor, _HEADER_WORDS * WORD, 0)
     finally:
         os.close(descriptor)
+    words = struct.unpack(f"<{_HEADER_WORDS}Q", page.ljust(_HEADER_WORDS * WORD, b"\0"))
+    if not words[L_MAGIC]:
+        return None
+    return LedgerHeader(
+        is_intact=words[L_MAGIC] == _MAGIC,
+        layout_version=words[L_VERSION] & _LOW_HALF,
+        page_count=words[L_PAGE_COUNT],
+        pid=words[L_PID],
+        start_time=words[L_START_TIME],
+        is_stopped=words[L_STOPPED] != 0,
+    )
+
+
+def stop_ledger(name: str) -> None:
+    """As `Volume.stop`, for a ledger that nobody has open, if it is there."""
+    with suppress(OSError):
+        descriptor = os.open(SHM_DIRECTORY / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, (1).to_bytes(WORD, "little"), L_STOPPED * WORD)
+        finally:
+            os.close(descriptor)
 
 
 def _boot_id() -> tuple[int, int]:
