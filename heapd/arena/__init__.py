@@ -3,7 +3,7 @@
 from heapd.arena.arena import Arena
 from heapd.arena.budget import SHM_ADVICE, Budget, Headroom, default_commit_limit, measure_headroom, shm_left
 from heapd.arena.extents import Extents
-from heapd.arena.restore import restore_arena
+from heapd.arena.restore import check_file, restore_arena
 from heapd.arena.segment import SHM_DIRECTORY, Segment, remove_segment, segment_exists
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Extents",
     "Headroom",
     "Segment",
+    "check_file",
     "default_commit_limit",
     "measure_headroom",
     "remove_segment",

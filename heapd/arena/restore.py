@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from mmap import MADV_REMOVE
 from typing import Final
@@ -32,7 +33,7 @@ from heapd.layout import (
 )
 from heapd.units import GRANULE_PAGES, PAGE_SHIFT, PAGE_SIZE, align_up
 
-__all__ = ["restore_arena"]
+__all__ = ["check_file", "restore_arena"]
 
 log = logging.getLogger("heapd.arena")
 
@@ -66,7 +67,7 @@ def restore_arena(
     regions = sorted((first, align_up(count, GRANULE_PAGES)) for first, count in regions)
     segment = Segment.attach(name)
     try:
-        _check_file(segment, inode, len(states))
+        check_file(name, os.fstat(segment.fd), inode, len(states))
         arena = Arena(segment, ArenaShape(len(states)), Budget(commit_limit))
     except SegmentError:
         segment.close()
@@ -82,12 +83,12 @@ def restore_arena(
     return arena
 
 
-def _check_file(segment: Segment, inode: int, page_count: int) -> None:
-    """Raises: SegmentError if the segment is not the arena that the records are of. Its header has no say in that."""
-    if segment.size != page_count * PAGE_SIZE:
-        raise SegmentError(f"the arena {segment.name} has {segment.size} bytes, its records are of {page_count} pages")
-    if segment.inode != inode:
-        raise SegmentError(f"the arena {segment.name} is another one than its records are of")
+def check_file(name: str, status: os.stat_result, inode: int, page_count: int) -> None:
+    """Raises: SegmentError if a segment is not the arena that the records are of. Its header has no say in that."""
+    if status.st_size != page_count * PAGE_SIZE:
+        raise SegmentError(f"the arena {name} has {status.st_size} bytes, its records are of {page_count} pages")
+    if status.st_ino != inode:
+        raise SegmentError(f"the arena {name} is another one than its records are of")
 
 
 def _rewrite_header(arena: Arena, incarnation: int) -> None:

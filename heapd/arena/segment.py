@@ -12,12 +12,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from mmap import mmap
+from mmap import PROT_READ, mmap
 from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any, cast
 
 from heapd.errors import SegmentError
+from heapd.layout import WORD
 
 __all__ = ["Segment", "remove_segment", "segment_exists"]
 
@@ -65,6 +66,23 @@ def _open(name: str, size: int) -> shared_memory.SharedMemory:
         return kind(name, create=size > 0, size=size)
 
 
+class _View:
+    """As much of a SharedMemory as a Segment needs, of an existing one, for reading only."""
+
+    def __init__(self, name: str) -> None:
+        fd = os.open(SHM_DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._mapping = mmap(fd, 0, prot=PROT_READ)
+        finally:
+            os.close(fd)
+        self.buf = memoryview(self._mapping)
+        self.size = len(self.buf)
+
+    def close(self) -> None:
+        self.buf.release()
+        self._mapping.close()
+
+
 class Segment:
     """A mapped shared memory object of this user.
 
@@ -72,15 +90,16 @@ class Segment:
     "Q"), mapping (the mmap, for madvise).
     """
 
-    def __init__(self, memory: shared_memory.SharedMemory, name: str) -> None:
+    def __init__(self, memory: shared_memory.SharedMemory | _View, name: str) -> None:
         self._memory = memory
         self.name = name
         self.size = memory.size
-        self.fd = os.open(SHM_DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        access = os.O_RDONLY if isinstance(memory, _View) else os.O_RDWR
+        self.fd = os.open(SHM_DIRECTORY / name, access | os.O_NOFOLLOW | os.O_CLOEXEC)
         assert memory.buf is not None  # typed so for closed ones
         self.buffer = memory.buf
         self.mapping = cast(mmap, self.buffer.obj)
-        self.words = self.buffer.cast("Q")
+        self.words = self.buffer[: self.size // WORD * WORD].cast("Q")
 
     @classmethod
     def create(cls, name: str, size: int) -> Segment:
@@ -113,9 +132,10 @@ class Segment:
             ) from error
 
     @classmethod
-    def attach(cls, name: str) -> Segment:
+    def attach(cls, name: str, *, is_to_write: bool = True) -> Segment:
         """Map an existing segment of this user.
 
+        Args:   is_to_write (False: to look only, in nobody's way; a look at a page that is not committed commits it).
         Raises: SegmentError if it is missing, empty, not a plain file, another user's, open to others than this user
                 or a group, or too large for this process to map.
         """
@@ -128,7 +148,7 @@ class Segment:
         if not status.st_size:
             raise SegmentError(f"the shared memory segment {name} is empty: whoever was making it did not finish")
         try:
-            return cls(_open(name, 0), name)
+            return cls(_open(name, 0) if is_to_write else _View(name), name)
         except OSError as error:
             raise SegmentError(f"cannot map the shared memory segment {name}: {error}") from error
 

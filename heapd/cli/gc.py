@@ -18,7 +18,11 @@ __all__ = ["gc"]
 @click.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--dry-run", "-n", is_flag=True, help="List only.")
-@click.option("--force", is_flag=True, help="Also arenas that clients have mapped or that a restart would bring back.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Also arenas that clients have mapped, that a restart would bring back, or would refuse.",
+)
 @click.option("--runtime-dir", "directories", type=click.Path(file_okay=False, resolve_path=True), multiple=True,
               help="Look for sockets in this directory, too; may be given several times.")  # fmt: skip
 @json_option
@@ -27,7 +31,8 @@ def gc(names: tuple[str, ...], dry_run: bool, force: bool, directories: tuple[st
 
     Only this user's, and only of the daemons NAMEd, if any are. Nothing of a daemon that lives is touched, nor of one
     that its supervisor is about to start again. An arena whose daemon was killed is kept if clients still have it
-    mapped, or if the next start of that daemon would bring persistent heaps back; --force removes it all the same.
+    mapped, if the next start of that daemon would bring persistent heaps back, or if it may hold some and that start
+    would refuse it; --force removes it all the same.
     """
     outcomes = [(leftover, _deal_with(leftover, dry_run, force)) for leftover in find_leftovers(names, directories)]
     if as_json:

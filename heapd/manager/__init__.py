@@ -1,6 +1,6 @@
 """Many heaps for many clients: sessions, names, limits, and every operation on them."""
 
-from heapd.manager.ledger import LedgerHeader, read_ledger_header, stop_ledger
+from heapd.manager.ledger import LedgerHeader, count_persistent, read_ledger_header, stop_ledger
 from heapd.manager.manager import HeapManager, Job, Limits
 from heapd.manager.names import Waiter
 from heapd.manager.sessions import KEPT_REPLIES, Session
@@ -13,6 +13,7 @@ __all__ = [
     "Limits",
     "Session",
     "Waiter",
+    "count_persistent",
     "read_ledger_header",
     "stop_ledger",
 ]

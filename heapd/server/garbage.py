@@ -4,11 +4,11 @@ A thing is owned, and not even listed, while its process lives: an endpoint whil
 the supervisor that is about to start one), a segment while its daemon lives or its endpoint is held, a job's folder
 while the job or its daemon lives.
 
-What nobody owns may still be *wanted*: by clients that go on with a dead daemon's arena and wait for the next one, or
-because the next one would bring persistent heaps back. Such an arena is listed and left alone, unless by force. Who has
-a segment mapped, of whatever user, the kernel knows: it grants a lease on a file only while nobody has it open or
-mapped for writing, as daemons and clients do. (A read lease: whoever only reads a header is not in its way, nor it in
-theirs.)
+What nobody owns may still be *wanted*: by clients that go on with a dead daemon's arena and wait for the next one,
+because the next one would bring persistent heaps back, or because it would refuse what may hold some, and leave that
+to somebody who knows better. Such an arena is listed and left alone, unless by force. Who has a segment mapped, of
+whatever user, the kernel knows: it grants a lease on a file only while nobody has it open or mapped for writing, as
+daemons and clients do. (A read lease: whoever only reads a header is not in its way, nor it in theirs.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -27,19 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from heapd.errors import DaemonRunningError, HeapdError
-from heapd.layout import (
-    C_FLAGS,
-    C_LIVE,
-    CONTROL_SIZE,
-    F_PERSISTENT,
-    H_CONTROLS_READY,
-    H_HEAP_LIMIT,
-    LAYOUT_VERSION,
-    MAX_HEAPS,
-    WORD,
-    ArenaShape,
-)
+from heapd.errors import DaemonRunningError, HeapdError, SegmentError
+from heapd.layout import WORD
+from heapd.manager import count_persistent
 from heapd.server.gate import SHUT_SUFFIX
 from heapd.server.leftovers import clear_sockets, inspect_segment, mark_stopped
 from heapd.server.lock import DaemonLock
@@ -207,22 +196,25 @@ def _segments(held: list[Endpoint]) -> Iterator[Leftover]:
         remains = inspect_segment(name)
         if remains is None or remains.is_foreign or remains.is_alive or arena in owned:
             continue
-        if name.endswith(LEDGER_SUFFIX) and not remains.pid:
+        if arena != name and not remains.is_arena:
             if arena not in names:
-                yield _leftover("segment", (name,), "ledger without an arena", is_restorable=False)
+                yield _leftover("segment", (name,), "ledger without an arena")
             continue
         ledger = f"{name}{LEDGER_SUFFIX}"
         parts = (name, ledger) if ledger in names else (name,)
-        if remains.pid and not remains.useless:
-            what = f"arena of the daemon of process {remains.pid}, which died"
-            yield _leftover("arena", parts, what, is_restorable=len(parts) == 2 and remains.version == LAYOUT_VERSION)
-        elif remains.pid or _is_blank(name):
-            yield _leftover("segment", parts, f"segment that {remains.useless}", is_restorable=False)
+        if not remains.useless:
+            made = (
+                f"arena of the daemon of process {remains.pid}, which died" if remains.pid else "arena without a daemon"
+            )
+            yield _leftover("arena", parts, made, _outlook(name))
+        elif remains.is_arena or _is_blank(name):
+            yield _leftover("segment", parts, f"segment that {remains.useless}")
 
 
-def _leftover(kind: str, parts: tuple[str, ...], what: str, *, is_restorable: bool) -> Leftover:
+def _leftover(kind: str, parts: tuple[str, ...], what: str, outlook: str = "") -> Leftover:
+    """Args: outlook (why it is wanted although nobody has it mapped, "" if it is not)."""
     paths = [str(SHM / name) for name in parts]
-    wanted, pids = "", tuple[int, ...]()
+    wanted, pids = outlook, tuple[int, ...]()
     if any(_is_in_use(path) for path in paths):
         pids = _users_of(paths)
         who = (
@@ -231,13 +223,20 @@ def _leftover(kind: str, parts: tuple[str, ...], what: str, *, is_restorable: bo
             else "a process of another user or container"
         )
         wanted = f"{who} {'have' if len(pids) > 1 else 'has'} it mapped"
-    elif is_restorable and (count := _count_persistent(paths[0])):
-        wanted = f"the next start of the daemon brings its persistent heaps back ({count})"
     size = 0
     for path in paths:
         with suppress(FileNotFoundError):
             size += os.stat(path).st_blocks * 512
     return Leftover(kind, paths[0], size, what, wanted, pids, tuple(paths))
+
+
+def _outlook(arena: str) -> str:
+    """What the next start of its daemon would do with an arena, if that is a reason to keep it."""
+    try:
+        count = count_persistent(arena, arena + LEDGER_SUFFIX)
+    except SegmentError as error:
+        return f"it may hold something, and no start of this heapd can go on with it: {error}"
+    return f"the next start of the daemon brings its persistent heaps back ({count})" if count else ""
 
 
 def _is_blank(name: str) -> bool:
@@ -282,19 +281,6 @@ def _users_of(paths: list[str]) -> tuple[int, ...]:
             if any(line.rstrip().endswith(path) for line in file for path in wanted):
                 found.append(pid)
     return tuple(sorted(found))
-
-
-def _count_persistent(path: str) -> int:
-    """Persistent heaps in an arena that nobody serves. Reads its control blocks, and commits nothing by it."""
-    with suppress(OSError, struct.error), open(path, "rb") as file:
-        header = struct.unpack(f"<{H_CONTROLS_READY + 1}Q", file.read((H_CONTROLS_READY + 1) * WORD))
-        file.seek(ArenaShape(1, MAX_HEAPS).controls)
-        blocks = file.read(min(header[H_CONTROLS_READY], header[H_HEAP_LIMIT], MAX_HEAPS) * CONTROL_SIZE)
-        words = struct.unpack(f"<{len(blocks) // WORD}Q", blocks)
-        step = CONTROL_SIZE // WORD
-        pairs = zip(words[C_LIVE::step], words[C_FLAGS::step], strict=True)
-        return sum(1 for live, flags in pairs if live & 1 and flags & F_PERSISTENT)
-    return 0
 
 
 def _remove_segments(leftover: Leftover, force: bool) -> bool:

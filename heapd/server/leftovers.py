@@ -50,12 +50,13 @@ _SHM = "/dev/shm"
 class Remains:
     """A segment that is there; see the module.
 
-    Fields: is_foreign (of another user, or no plain file), pid (of the daemon that serves or served it, 0 if it did
-    not get so far), is_alive (that very process still runs), useless (why nothing in it is worth keeping, "" if
-    something may be), version (of its layout), size (bytes).
+    Fields: is_foreign (of another user, or no plain file), is_arena (its header or a ledger says so), pid (of the
+    daemon that serves or served it, 0 if none has), is_alive (that very process still runs), useless (why nothing in
+    it is worth keeping, "" if something may be), version (of its layout), size (bytes).
     """
 
     is_foreign: bool
+    is_arena: bool = False
     pid: int = 0
     is_alive: bool = False
     useless: str = ""
@@ -121,13 +122,13 @@ def _check_fit(name: str, remains: Remains, reserve: int | None) -> None:
     if remains.version != LAYOUT_VERSION:
         raise SegmentError(
             f"{left} has layout version {remains.version}, and this heapd serves {LAYOUT_VERSION}: serve it with the "
-            f"heapd that made it, or remove it with `heapd gc`",
+            f"heapd that made it, or remove it with `heapd gc --force`",
             segment=name,
         )
     if reserve is not None and align_up(reserve, GRANULE_SIZE) != remains.size:
         raise SegmentError(
             f"{left} is of {format_size(remains.size)}, and {format_size(reserve)} were asked for: start without "
-            f"--reserve to go on with it, or remove it with `heapd gc`",
+            f"--reserve to go on with it, or remove it with `heapd gc --force`",
             segment=name,
         )
 
@@ -153,7 +154,7 @@ def inspect_segment(name: str) -> Remains | None:
     if len(header) < _HEADER_WORDS * WORD:
         return Remains(False, useless="was never finished: it has no header", size=status.st_size)
     remains = _by_header(struct.unpack(f"<{_HEADER_WORDS}Q", header), status.st_size)
-    return remains if ledger is None else replace(remains, useless="", version=LAYOUT_VERSION)
+    return remains if ledger is None else replace(remains, is_arena=True, useless="", version=LAYOUT_VERSION)
 
 
 def _by_ledger(ledger: LedgerHeader, size: int) -> Remains:
@@ -163,18 +164,20 @@ def _by_ledger(ledger: LedgerHeader, size: int) -> Remains:
         useless = f"the daemon of process {ledger.pid} was about to remove"
     elif ledger.layout_version == LAYOUT_VERSION and ledger.page_count << PAGE_SHIFT != size:
         useless = f"is damaged: {size} bytes long, and its records are of {ledger.page_count << PAGE_SHIFT}"
-    return Remains(False, ledger.pid, _is_running(ledger.pid, ledger.start_time), useless, ledger.layout_version, size)
+    is_alive = _is_running(ledger.pid, ledger.start_time)
+    return Remains(False, True, ledger.pid, is_alive, useless, ledger.layout_version, size)
 
 
 def _by_header(words: tuple[int, ...], size: int) -> Remains:
     """What an arena is that has no ledger that counts: one of another layout may be whole all the same."""
     pid, version = words[H_PID], words[H_VERSION]
     useless = "" if version != LAYOUT_VERSION else "was never finished: it has no ledger"
-    if words[H_MAGIC] != MAGIC:
+    is_arena = words[H_MAGIC] == MAGIC
+    if not is_arena:
         useless, pid = "was never finished: its header does not say so", 0
     elif words[H_STATE] == STOPPED:
         useless = f"the daemon of process {pid} was about to remove"
-    return Remains(False, pid, _is_running(pid, words[H_START_TIME]), useless, version, size)
+    return Remains(False, is_arena, pid, _is_running(pid, words[H_START_TIME]), useless, version, size)
 
 
 def _is_running(pid: int, start_time: int) -> bool:

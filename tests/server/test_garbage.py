@@ -15,9 +15,14 @@ from pathlib import Path
 import pytest
 
 import heapd_client as hc
-from heapd.layout import C_LIVE, F_PERSISTENT, F_SERIALIZE, H_STATE, STOPPED, WORD
+from heapd.arena import Arena
+from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_STATE, LAYOUT_VERSION, STOPPED, WORD
+from heapd.manager import HeapManager
+from heapd.manager.ledger import Ledger
+from heapd.manager.ledger.volume import L_MAGIC, L_VERSION, LEDGER_VERSION
 from heapd.server import Leftover, find_leftovers, garbage, remove_leftover
 from heapd.server.lock import DaemonLock
+from heapd.units import MIB, PAGE_SIZE
 from heapd.wire import Endpoint, JobFolder
 from heapd.wire.messages import HeapOpen, SessionClose
 from tests.conftest import StartDaemon
@@ -171,18 +176,50 @@ def test_an_arena_without_persistent_heaps_is_wanted_by_nobody(killed: Daemon) -
     assert killed.segments() == []
 
 
-def test_a_scribbled_control_block_is_only_a_wrong_number(killed: Daemon) -> None:
-    """Whatever clients wrote there, nothing breaks, and nothing beyond what is committed is read."""
-    path = Path(kinds(killed)["arena"].path)
-    blocks = path.stat().st_blocks
-    with path.open("r+b") as file:
-        file.seek(4096)
-        file.write(b"\xff" * 4096)
-        file.seek(13 * WORD)
-        file.write(b"\xff" * WORD)
-    assert "persistent heaps back (" in kinds(killed)["arena"].wanted
-    assert path.stat().st_blocks <= blocks + 8
-    assert C_LIVE == 0
+def test_what_clients_scribbled_is_not_believed(start_daemon: StartDaemon) -> None:
+    """Which heaps are persistent, and who served them, the ledger says: neither header nor control blocks."""
+    daemon = start_daemon()
+    with RawSession(daemon.endpoint) as session:
+        session.create_heap("a", F_SERIALIZE | F_PERSISTENT)
+        session.ask(SessionClose())
+    kill(daemon)
+    before = kinds(daemon)["arena"]
+    assert "heaps back (1)" in before.wanted
+    with Path(before.path).open("r+b") as file:
+        file.write(b"\xff" * 2 * PAGE_SIZE)
+    assert kinds(daemon)["arena"] == before
+
+
+@pytest.mark.parametrize(
+    ("slot", "value", "fault"),
+    [
+        (L_MAGIC, 1, "is damaged: its first word is 0x1"),
+        (PAGE_SIZE // WORD + 1, 1, "is damaged 0 bytes into its log"),
+        (PAGE_SIZE // WORD, 1 << 30, "is damaged 0 bytes into its log"),
+        (L_VERSION, LEDGER_VERSION << 32 | LAYOUT_VERSION + 1, "is of another version of heapd"),
+    ],
+    ids=["seal", "record", "length", "layout"],
+)
+def test_what_a_start_would_refuse_is_not_said_to_come_back(killed: Daemon, slot: int, value: int, fault: str) -> None:
+    """It is kept, as by the start that refuses it, and why that is gc says, too; by force it goes. Nothing is committed
+    by looking, wherever a damaged length leads."""
+    arena, ledger = (SEGMENTS / name for name in killed.segments())
+    with ledger.open("r+b") as file:
+        file.seek(slot * WORD)
+        file.write(value.to_bytes(WORD, "little"))
+    blocks = ledger.stat().st_blocks
+    leftover = kinds(killed)["arena"]
+    assert leftover.wanted == (
+        f"it may hold something, and no start of this heapd can go on with it: the ledger {ledger.name} {fault}"
+    )
+    assert ledger.stat().st_blocks == blocks
+    assert not remove_leftover(leftover)
+    command = [sys.executable, "-m", "heapd", "serve", "-e", killed.endpoint]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert refused.returncode == 1
+    assert "gc --force" in refused.stderr
+    assert remove_leftover(leftover, force=True)
+    assert not arena.exists()
 
 
 # -- segments of other kinds ---------------------------------------------------------------------------------------
@@ -213,6 +250,32 @@ def test_a_ledger_without_an_arena_goes(blank: Path) -> None:
         assert not ledger.exists()
     finally:
         ledger.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("has_ledger", [False, True])
+def test_an_arena_that_was_made_inside_a_program_goes_with_it(has_ledger: bool) -> None:
+    """No daemon ever served it, and no endpoint has its name: it is kept while the program has it mapped, and no
+    longer."""
+    name = unique_name()
+    arena = Arena.create(f"heapd-{name}", reserve=16 * MIB)
+    manager = HeapManager.create(arena, f"heapd-{name}-ledger") if has_ledger else None
+    [leftover] = find_leftovers([name])
+    assert leftover.wanted == f"process {os.getpid()} has it mapped"
+    assert not remove_leftover(leftover)
+    if manager is not None:
+        assert isinstance(arena.journal, Ledger)
+        arena.journal.volume.segment.close()
+    arena.words = memoryview(b"")
+    arena.segment.close()
+    [leftover] = find_leftovers([name])
+    assert (leftover.kind, leftover.what) == (
+        ("arena", "arena without a daemon")
+        if has_ledger
+        else ("segment", "segment that was never finished: it has no ledger")
+    )
+    assert leftover.wanted == ""
+    assert remove_leftover(leftover)
+    assert [path.name for path in SEGMENTS.iterdir() if name in path.name] == []
 
 
 def test_a_file_that_is_none_of_ours_is_left_alone(blank: Path) -> None:

@@ -398,7 +398,7 @@ def test_an_arena_of_another_layout_is_neither_used_nor_removed(start_daemon: St
     assert refused.returncode == 1
     assert re.fullmatch(
         rf"heapd: the arena {path.name}, .* process \d+ left behind, has layout version {LAYOUT_VERSION + 1}, and this "
-        rf"heapd serves {LAYOUT_VERSION}: .*`heapd gc`\n",
+        rf"heapd serves {LAYOUT_VERSION}: .*`heapd gc --force`\n",
         refused.stderr,
     )
     assert path.exists()

@@ -2,7 +2,7 @@
 
 from heapd.manager.ledger.ledger import Ledger
 from heapd.manager.ledger.records import Records
-from heapd.manager.ledger.recovery import restore_arena, restore_directory
+from heapd.manager.ledger.recovery import count_persistent, restore_arena, restore_directory
 from heapd.manager.ledger.retelling import retell
 from heapd.manager.ledger.volume import LedgerHeader, Volume, read_ledger_header, stop_ledger
 
@@ -11,6 +11,7 @@ __all__ = [
     "LedgerHeader",
     "Records",
     "Volume",
+    "count_persistent",
     "read_ledger_header",
     "restore_arena",
     "restore_directory",

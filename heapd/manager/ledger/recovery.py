@@ -8,10 +8,13 @@ Each step may be repeated, for a kill may come here, too.
 
 from __future__ import annotations
 
-from heapd.arena import Arena
+import os
+
+from heapd.arena import SHM_DIRECTORY, Arena, check_file
 from heapd.arena import restore_arena as take_over
+from heapd.errors import SegmentError
 from heapd.heap import Region, Slab, restore_heap
-from heapd.layout import CHUNK_PAGES, CHUNK_SHIFT, RUN_WORD
+from heapd.layout import CHUNK_PAGES, CHUNK_SHIFT, F_PERSISTENT, RUN_WORD
 from heapd.manager.directory import Directory
 from heapd.manager.ledger.records import HeapRecord, Records
 from heapd.manager.ledger.volume import Volume
@@ -20,7 +23,7 @@ from heapd.manager.shared import SharedHeap
 from heapd.records import Grant
 from heapd.sizeclass import CLASSES
 
-__all__ = ["restore_arena", "restore_directory"]
+__all__ = ["count_persistent", "restore_arena", "restore_directory"]
 
 
 def restore_arena(segment: str, volume: Volume, records: Records, incarnation: int) -> Arena:
@@ -41,6 +44,22 @@ def restore_arena(segment: str, volume: Volume, records: Records, incarnation: i
         peak=records.peak,
         incarnation=incarnation,
     )
+
+
+def count_persistent(arena: str, ledger: str) -> int:
+    """How many persistent heaps a daemon would bring back that went on with these segments. Changes nothing.
+
+    Raises: SegmentError, saying why none can go on with them.
+    """
+    volume = Volume.open(ledger, is_to_write=False)
+    try:
+        records = Records.read(volume.active.frames(), volume.page_count)
+        check_file(arena, os.lstat(SHM_DIRECTORY / arena), volume.inode, volume.page_count)
+    except FileNotFoundError:
+        raise SegmentError(f"there is no shared memory segment {arena}") from None
+    finally:
+        volume.segment.close()
+    return sum(1 for heap in records.heaps.values() if heap.heap_id and heap.flags & F_PERSISTENT)
 
 
 def restore_directory(directory: Directory, records: Records, *, is_applied: bool) -> None:

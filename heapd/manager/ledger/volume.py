@@ -112,17 +112,22 @@ class Log:
         Raises: SegmentError if a frame is damaged: that no kill can do.
         """
         self.end = 0
-        while True:
+        written = self._written()
+        while self.end < written:
             at = self._base + self.end
             word = self._words[at // WORD]
             size = word & _LOW_HALF
             if not word:
                 return
-            payload = bytes(self._buffer[at + WORD : at + WORD + size]) if self.end + size < self._size else b""
+            payload = bytes(self._buffer[at + WORD : at + WORD + size]) if self.end + size < written else b""
             if len(payload) != size or crc32(payload) != word >> 32:
                 raise SegmentError(f"the ledger {self._segment.name} is damaged {self.end} bytes into its log")
             yield payload
             self.end += WORD + align_up(size, WORD)
+
+    def _written(self) -> int:
+        """Bytes up to the first page that was never written: to read beyond, by a damaged length, would commit it."""
+        return min(os.lseek(self._segment.fd, self._base, os.SEEK_HOLE) - self._base, self._size)
 
     def trim(self) -> None:
         """Make what follows the last frame zeros: a kill may have left the beginning of another."""
@@ -198,13 +203,14 @@ class Volume:
         self._words[L_MAGIC] = _MAGIC
 
     @classmethod
-    def open(cls, name: str) -> Volume:
+    def open(cls, name: str, *, is_to_write: bool = True) -> Volume:
         """Attach to what an earlier process left.
 
+        Args:   is_to_write (False: to look only).
         Raises: SegmentError, saying why it cannot be gone on with: there is none, it was never finished, it is of
                 another version, of an earlier boot, or damaged.
         """
-        segment = Segment.attach(name)
+        segment = Segment.attach(name, is_to_write=is_to_write)
         try:
             cls._check(segment)
         except SegmentError:
