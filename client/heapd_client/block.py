@@ -156,20 +156,21 @@ class Block:
     def view(self) -> memoryview:
         """The block's `size` bytes, writable; the same object each time, until it is released or the block resized.
 
-        Raises: ClosedError after free or close; StaleHandleError if another process freed it; HeapDestroyedError.
+        Raises: ClosedError after free or close; StaleHandleError if another process freed it; HeapDestroyedError;
+                BlockInUseError if another process resized it while a view of before is alive here.
         """
         view = self._view
-        if view is not None and self._word:
-            try:
-                view.readonly  # noqa: B018 - raises if the view was released by `with block.view` or `release()`
-                return view
-            except ValueError:
-                pass
+        if view is not None and self.heap.has_unchanged(self) and _is_alive(view):
+            return view
         self._check()
         try:
-            self.heap.word_of(self)
+            word = self.heap.word_of(self)
         except DoubleFreeError:
             raise StaleHandleError(f"the block at {self.address:#x} was freed", address=self.address) from None
+        if word != self.word:
+            del view  # a reference too many
+            self.release_views()
+            self.heap.note_resized(self, word)
         exporter = self._exporter
         if self._buffer is None or (exporter is not None and exporter.nbytes != self.size):
             exporter = None  # an interrupted call made it, or it is left from a life of another size

@@ -209,6 +209,7 @@ class FrontEnd:
         self._stack_of.clear()
         self._larger_of.clear()
         for bin_ in doomed:
+            bin_.block_type.stop_views()  # type: ignore[attr-defined]
             del self._bins[bin_.key]
         self._give_back([block for bin_ in doomed for block in bin_.stack])
 
@@ -458,6 +459,12 @@ class FrontEnd:
             bin_.stack.clear()
         return addresses
 
+    def end(self) -> list[int]:
+        """As `empty`, for good: the views of blocks that are allocated take the slow path, too."""
+        for bin_ in self:
+            bin_.block_type.stop_views()  # type: ignore[attr-defined]
+        return self.empty()
+
     def inherit(self, old: FrontEnd) -> None:
         """Take over what another front end of this session caches, whose frees stop. The blocks that it gave
         out are not this one's own: when they are freed, their memory gets another generation."""
@@ -470,7 +477,7 @@ class FrontEnd:
             blocks, bin_.stack[:] = bin_.stack[:], []
             new.stack += [self._make(new, block.slot, block.address, generation(block._base)) for block in blocks]
             self._set_limit(new, self._room(new))
-        old.empty()
+        old.end()
 
     def used_bytes(self) -> int:
         """Bytes that are in use, as far as this front end knows: what others freed since is still among them."""

@@ -392,11 +392,13 @@ class Heap(HeapCore):
             own = -word if block.has_handle else word
             self._words[block.slot] = word
             block.become(block.slot, block.address, extent, own)
-            if isinstance(block, Visitor):
-                block._base = (
-                    0  # its views are of another size than when it was opened: not to be opened again as it is
-                )
+            _keep_from_reopening(block)
         return True
+
+    def note_resized(self, block: Block, word: int) -> None:
+        """For Block: another process resized the block. Args: word (its state word now)."""
+        block.become(block.slot, block.address, self.extent_of(block, word), -word)
+        _keep_from_reopening(block)
 
     def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
         """Have the daemon resize the block, or move it."""
@@ -594,6 +596,12 @@ class Heap(HeapCore):
             self.session.call(ask.HeapClose(self.id))
         self.session.forget(self)
         self.mark_closed()
+
+
+def _keep_from_reopening(block: Block) -> None:
+    """Its views are of another size than when it was opened: it is not to be opened again as it is."""
+    if isinstance(block, Visitor):
+        block._base = 0
 
 
 def _freed(block: Block) -> StaleHandleError:

@@ -226,7 +226,7 @@ class HeapCore:
             return []
         self._used = front.used_bytes()
         self.count_acquisitions(front.take_count())
-        return front.empty()
+        return front.end()
 
     def _settle(self, status: int) -> object:
         """For the hot path: wait for the mutex."""
@@ -253,6 +253,16 @@ class HeapCore:
         if not self.mapping.is_committed(slot // (PAGE_SIZE // WORD)):
             raise StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
         return check_busy(self._words[slot], block, SLAB_WORD)
+
+    def has_unchanged(self, block: Block) -> bool:
+        """Whether heap and block are there, the block as its object knows it; if not, `check` and `word_of` tell."""
+        words, slot = self._words, block.slot
+        return (
+            words[self.live_slot] == self._live_word
+            and (slot < self.slabs or self.mapping.is_committed(slot // (PAGE_SIZE // WORD)))
+            and words[slot] == abs(block._word)
+            and not self._is_closed
+        )
 
     def note_handle(self, block: Block, word: int) -> None:
         """A handle of a block was made: if it is a run of ours, it may come home. Args: word (its state word)."""
@@ -398,7 +408,7 @@ class HeapCore:
         self._gate = threading.RLock()
         self._exempt.clear()
         if self._front is not None:
-            self._front.empty()
+            self._front.end()
             self._front = None
             self._used = 0
             self.__dict__.pop("alloc", None)

@@ -179,6 +179,11 @@ class _Home:
         if self.words[block.slot] == block._base:
             self.count(block.slot, block._base, block.extent)
 
+    def end(self) -> None:
+        """Have the views of its blocks take the slow path from now on."""
+        if self.block_type is not None:
+            self.block_type.stop_views()  # type: ignore[attr-defined]
+
 
 class Homes:
     """The sessions whose runs this one frees, in one heap."""
@@ -194,8 +199,10 @@ class Homes:
         if home is None or self._words[home.slot] != home.live:
             slot = self._heap.mapping.shape.session_slot(number)
             live = self._words[slot] if number < self._words[H_SESSIONS_READY] else 0
-            if not live:
+            if home is not None:
                 self._homes.pop(number, None)
+                home.end()
+            if not live:
                 return None
             home = self._homes[number] = _Home(self._words, slot, live)
         return home
@@ -243,6 +250,8 @@ class Homes:
         return home.block_type
 
     def clear(self) -> None:
+        for home in list(self._homes.values()):
+            home.end()
         self._homes.clear()
 
 

@@ -113,16 +113,32 @@ _SEEN_BY_BLOCK: Final = 3  # references to a view that nobody else has: the bloc
 _view_slowly: Final = Block.view.fget  # type: ignore[attr-defined]
 
 
-def _make_view(words: memoryview, live_slot: int, live: int) -> property:
-    """`Block.view` for a block that has a buffer of the right size, from its last life: no slice need be made."""
+def _make_view(words: memoryview, live_slot: int, live: int | None) -> tuple[property, Callable[[], None]]:
+    """`Block.view` for a block that has a buffer of the right size from its last life, so that no slice need be made;
+    or that has a view, and no handle: its slab cannot be gone, and its word may be read. And what has every view take
+    the slow path from then on, which knows whether the heap was closed."""
 
     def view(self: Any) -> memoryview:
-        if self._seen != self._word or self._view is not None or words[live_slot] != live:
-            return _view_slowly(self)  # type: ignore[no-any-return]
-        self._view = made = memoryview(self._buffer)
-        return made
+        made = self._view
+        if words[live_slot] == live:
+            if made is None:
+                if self._seen == self._word:
+                    self._view = made = memoryview(self._buffer)
+                    return made
+            elif words[self.slot] == self._word:
+                try:
+                    made.readonly  # noqa: B018 - raises if the view was released
+                    return made  # type: ignore[no-any-return]
+                except ValueError:
+                    pass
+        made = None  # a reference too many
+        return _view_slowly(self)  # type: ignore[no-any-return]
 
-    return property(view, doc=Block.view.__doc__)
+    def stop_views() -> None:
+        nonlocal live
+        live = None
+
+    return property(view, doc=Block.view.__doc__), stop_views
 
 
 def is_unseen(block: Any) -> bool:
@@ -163,7 +179,7 @@ def make_block_type(
     class _Block(Block):
         __slots__ = ()
         _home = stack
-        view = _make_view(words, live_slot, live)
+        view, stop_views = _make_view(words, live_slot, live)
 
         @_specialized
         def free(self) -> None:
@@ -202,7 +218,7 @@ def make_guest_type(
         __slots__ = ("_place", "_stem", "_turn")
         _live_slot, _live = live_slot, live
         _home_of = home_of
-        view = _make_view(words, live_slot, live)
+        view, stop_views = _make_view(words, live_slot, live)
 
         def free(self) -> None:
             if (
@@ -317,7 +333,7 @@ def make_locked_block_type(
     class _Block(Block):
         __slots__ = ()
         _home = stack
-        view = _make_view(words, live_slot, live)
+        view, stop_views = _make_view(words, live_slot, live)
 
         @_specialized
         def free(self) -> None:
