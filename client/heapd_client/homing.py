@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import DaemonError
 from heapd.layout import H_SESSIONS_READY, RUN_WORD, SESSION_MASK, Handle, HandleFormatError, unpack_handle
-from heapd.units import MIB, PAGE_SHIFT
+from heapd.units import MIB, PAGE_SHIFT, pages_for
 
 from .block import Block, Visitor
 from .hotpath import make_guest_type
@@ -174,8 +174,9 @@ class _Home:
 
     def drop(self, block: Any) -> None:
         """A block is not kept any more."""
-        self.room += block.extent
-        self.kept -= block.extent
+        extent = max(pages_for(block._stem), 1) << PAGE_SHIFT  # when it was kept: it may have been resized since
+        self.room += extent
+        self.kept -= extent
         if self.words[block.slot] == block._base:
             self.count(block.slot, block._base, block.extent)
 

@@ -341,3 +341,13 @@ def test_a_block_that_was_moved_comes_home_as_what_it_is(producer: hc.Heap, cons
         del taken
     assert producer.validate() == []
     assert blocks_of(producer, EntryKind.BUSY) == []
+
+
+def test_a_frame_that_its_reader_resized_is_counted_as_what_it_was(producer: hc.Heap, consumer: hc.Heap) -> None:
+    """What was kept of it is let go whole, so that frames go home after many of them as after none."""
+    for _ in range(3):
+        opened = hand_over(producer.alloc(MIB), consumer)
+        opened.realloc(100_000)
+        opened.free()
+    consumer.session._guests.clear()
+    assert [home.kept for home in consumer.homes._homes.values()] == [0]
