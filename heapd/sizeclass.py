@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 from heapd.units import KIB, PAGE_SIZE, align_up, pages_for
 
-__all__ = ["CLASSES", "CLASS_COUNT", "MAX_CLASS_SIZE", "SizeClass", "class_index", "class_of"]
+__all__ = ["CLASSES", "CLASS_COUNT", "HOLLOW_EXTENT", "MAX_CLASS_SIZE", "SizeClass", "class_index", "class_of"]
 
 MAX_CLASS_SIZE = 64 * KIB
 _STEPS_PER_DOUBLING = 8  # so that rounding up costs at most 1/8 of the request from 512 B up
 _MAX_SLAB_PAGES = 32  # arbitrary: 128 KiB holds at least four of the largest slab class
+_MAX_HOLLOW_PAGES = 64  # of slabs whose free blocks keep no pages, so that it matters less when they empty
+HOLLOW_EXTENT = 2 * PAGE_SIZE  # from here up a block has a page to itself, wherever it lies
 _WORD = 8
 
 
@@ -81,7 +83,8 @@ def _slab_class(index: int, extent: int) -> SizeClass:
     does not fit beside the head.
     """
     best: tuple[float, int] | None = None
-    for page_count in range(1, _MAX_SLAB_PAGES + 1):
+    longest = _MAX_SLAB_PAGES if extent < HOLLOW_EXTENT else _MAX_HOLLOW_PAGES
+    for page_count in range(1, longest + 1):
         count, first, touched = _slab_shape(extent, page_count)
         if count < 4 or first + min(extent, 1024) > PAGE_SIZE:
             continue

@@ -26,7 +26,7 @@ from heapd.heap.space import BIG_PAGES, Space
 from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB, SLAB_CUT
 from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
-from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, SizeClass, class_of
+from heapd.sizeclass import CLASSES, HOLLOW_EXTENT, MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
 
 __all__ = ["Heap", "SLICE_BYTES"]
@@ -199,9 +199,9 @@ class Heap:
         return _new_grant(Grant, (slot, slab.base + index * kind.extent, generation, kind.extent, False))
 
     def _slab_with_room(self, kind: SizeClass) -> Slab:
-        """A slab that can give a block for the class: one with a free block, else with pages to carve, else one of
-        the next larger class with a free block, else a new one; where there is no memory for that, one of any larger
-        class whose blocks are not too large. Raises: HeapFullError."""
+        """A slab that can give a block for the class: one with a free block, or a hollow one, whose pages are committed
+        now; else with pages to carve, else one of the next larger class with a free block, else a new one; where there
+        is no memory for that, one of any larger class whose blocks are not too large. Raises: HeapFullError."""
         partial = self.partial[kind.index]
         if not partial and kind.page_count >= _LONG_SLAB:
             larger = self.partial[kind.index + 1]
@@ -209,6 +209,8 @@ class Heap:
                 return larger[0]
         try:
             slab = partial[0] if partial else self._new_slab(kind)
+            if slab.hollow and not slab.free:
+                self._fill(slab)
             if not slab.free:
                 # Of the slabs with room at most one or two still have pages to carve.
                 if len(partial) > 1 and partial[1].free:
@@ -242,6 +244,18 @@ class Heap:
                 self._drop_slab(slab)
             raise
         self.arena.describe(first, needed - touched, KIND_SLAB, self.index, slab.first_page)
+
+    def _hollow_out(self, slab: Slab) -> None:
+        """Decommit the pages that the block taken back last had to itself."""
+        self.space.decommit_in_slab(*slab.own_pages(slab.free[-1]), slab.first_page)
+        slab.hollow.append(slab.free.pop())
+
+    def _fill(self, slab: Slab) -> None:
+        """Commit the pages of a hollow block, so that it can be given out. Raises: HeapFullError, nothing changed."""
+        first, page_count = slab.own_pages(slab.hollow[-1])
+        self.space.commit(first, page_count)
+        self.arena.describe(first, page_count, KIND_SLAB, self.index, slab.first_page)
+        slab.free.append(slab.hollow.pop())
 
     def _new_slab(self, kind: SizeClass) -> Slab:
         first, page_count = self._take_slab(kind)
@@ -337,6 +351,8 @@ class Heap:
             self._note(~(slab.first_page << BLOCK_SHIFT | index))
             if not slab.lent_count:
                 self._park(slab)
+            elif slab.kind.extent >= HOLLOW_EXTENT:
+                self._hollow_out(slab)
 
     def _forget_run(self, first: int) -> int:
         """A run is lent no longer; its pages."""

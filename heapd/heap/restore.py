@@ -59,6 +59,12 @@ def _restore_slab(heap: Heap, slab: Slab) -> None:
         heap._parked[kind.index] = slab
     heap.arena.describe(first, slab.page_count, KIND_SLAB, heap.index, first)
     slab.rewrite_head(heap.arena.words)
+    slab.hollow = [index for index in slab.free if not _is_committed(heap, *slab.own_pages(index))]
+    slab.free = [index for index in slab.free if index not in slab.hollow]
+
+
+def _is_committed(heap: Heap, first: int, page_count: int) -> bool:
+    return heap.arena.committed_in(first, page_count) == page_count
 
 
 def drop_unfinished(heap: Heap) -> None:

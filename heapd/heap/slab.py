@@ -4,6 +4,10 @@ The daemon's own truth about a block is `lent`: to whom it was given out, until 
 says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
 committed as carving reaches them. Where pages are short, a slab has fewer than its class's: from its birth, or because
 it is cut behind what is carved. Where each block lies stays the same, so nobody else need know.
+
+A free block may be *hollow*: the pages that it has to itself are decommitted until it is given out again. Blocks of
+many pages are few in a slab, and one that is lent keeps the slab; without this, a class's slabs would keep the memory
+of the most blocks that were ever in use.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from array import array
 from heapd.heap.holdings import NOBODY
 from heapd.layout import SLAB_WORD, WORD, slab_descriptor
 from heapd.sizeclass import SizeClass
-from heapd.units import PAGE_SHIFT
+from heapd.units import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Slab"]
 
@@ -31,7 +35,8 @@ class Slab:
         lent          for each block the session it was given out to (see holdings.py), 0 while it is not
         lent_count    how many that are
         carved        blocks whose pages are committed and that have been given out at least once
-        free          indices of carved blocks that are not lent, most recently taken back last
+        free          indices of carved blocks that are not lent, most recently taken back last; but not of those
+        hollow        whose own pages are decommitted
     """
 
     __slots__ = (
@@ -40,6 +45,7 @@ class Slab:
         "carved",
         "first_page",
         "free",
+        "hollow",
         "kind",
         "lent",
         "lent_count",
@@ -58,6 +64,7 @@ class Slab:
         self.lent_count = 0
         self.carved = 0
         self.free: list[int] = []
+        self.hollow: list[int] = []
 
     @classmethod
     def restore(cls, kind: SizeClass, first_page: int, page_count: int, carved: int, lent: bytearray) -> Slab:
@@ -122,6 +129,12 @@ class Slab:
         self.page_count = page_count
         self.block_count = self.kind.blocks_in(page_count)
         del self.lent[self.block_count :]
+
+    def own_pages(self, index: int) -> tuple[int, int]:
+        """The pages that a block shares with nothing, as (first, count)."""
+        address = self.base + index * self.kind.extent
+        first = (address + PAGE_SIZE - 1) >> PAGE_SHIFT
+        return first, max((address + self.kind.extent >> PAGE_SHIFT) - first, 0)
 
     def index_of(self, address: int) -> int | None:
         """Index of the block that begins at `address`, None if none does."""

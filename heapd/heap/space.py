@@ -5,7 +5,7 @@ of 1 MiB or more a region of its own, released with it. A fixed heap has one reg
 page: what the arena, which gives out 64 KiB at a time, reserves behind it is nobody's.
 
 Decommit rule (Win32's two thresholds, joined by AND): when a give leaves more than `keep` spare committed pages,
-the extent just given, coalesced, is decommitted. `keep` is 16 pages or 1/256 of what is committed, the larger.
+the extent just given, coalesced, is decommitted. `keep` is 16 pages or 1/1024 of what is committed, the larger.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from heapd.arena import Arena, Extents
 from heapd.errors import HeapFullError
 from heapd.journal import NO_REGION, REGION
-from heapd.layout import CHUNK_PAGES, KIND_RUN, KIND_SPARE
+from heapd.layout import CHUNK_PAGES, KIND_RUN, KIND_SLAB, KIND_SPARE
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SIZE, align_up
 
 __all__ = ["BIG_PAGES", "MAX_SERIAL", "Region", "Space"]
@@ -25,7 +25,7 @@ BIG_PAGES = MIB // PAGE_SIZE  # runs from here up have a region of their own in 
 _SECOND_REGION = MIB // PAGE_SIZE
 _LAST_REGION = 0xFD0000 // PAGE_SIZE  # Windows' cap, a multiple of 64 KiB
 _KEEP_PAGES = 16
-_KEEP_SHIFT = 8
+_KEEP_SHIFT = 10
 _SLICE_PAGES = 8 * CHUNK_PAGES  # 16 MiB
 MAX_SERIAL = (1 << 20) - 2  # what a walk's cursor has room for
 
@@ -295,6 +295,11 @@ class Space:
             self.spare_committed -= done
             self.committed -= done
         return done
+
+    def decommit_in_slab(self, first: int, page_count: int, slab: int) -> None:
+        """Decommit pages of a slab that nothing in use lies on. Args: slab (its first page)."""
+        self.committed -= self.arena.decommit(first, page_count, self.heap)
+        self.arena.describe(first, page_count, KIND_SLAB, self.heap, slab)
 
     # -- large runs --------------------------------------------------------------------------------------------------
     def take_big(self, page_count: int) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, fields
 
 from heapd.heap.heap import Heap
 from heapd.heap.slab import Slab
-from heapd.heap.walk import IsLive, slab_rest
+from heapd.heap.walk import IsLive, hollow_parts, slab_rest
 from heapd.layout import (
     BUSY,
     C_ACQUIRED,
@@ -56,6 +56,13 @@ class _Sums:
         self.free += size
         self.free_blocks += 1
         self.largest_free = max(self.largest_free, size)
+
+    def add_hollow(self, sizes: Iterable[int]) -> None:
+        """A free block of which only parts of so many bytes are committed."""
+        self.free_blocks += 1
+        for size in sizes:
+            self.free += size
+            self.largest_free = max(self.largest_free, size)
 
     def add_cached(self, extent: int) -> None:
         self.cached += extent
@@ -106,7 +113,9 @@ def _add_slab(sums: _Sums, heap: Heap, slab: Slab, is_live: IsLive) -> None:
     kind, lent = slab.kind, slab.lent
     for index, word in enumerate(heap.arena.words[slab.slot : slab.slot + slab.carved].tolist()):
         state = SLAB_WORD.state(word)
-        if not lent[index] or state not in (BUSY, CACHED):
+        if index in slab.hollow:
+            sums.add_hollow(size for part, _, size in hollow_parts(slab, index) if part is EntryKind.FREE)
+        elif not lent[index] or state not in (BUSY, CACHED):
             sums.add_free(kind.extent)
         elif state == CACHED:
             sums.add_cached(kind.extent)

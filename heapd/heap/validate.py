@@ -151,11 +151,15 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
     address = slab.first_page << PAGE_SHIFT
     if slab_class_index(arena.words[slab.slot - 1]) != kind.index:
         yield Violation("slab-head", address, 0, f"the slab's descriptor does not name class {kind.index}")
-    if len(slab.lent) - slab.lent.count(0) != slab.lent_count or len(slab.free) + slab.lent_count != slab.carved:
+    listed = len(slab.free) + len(slab.hollow) + slab.lent_count
+    if len(slab.lent) - slab.lent.count(0) != slab.lent_count or listed != slab.carved:
         yield Violation("slab-lists", address, 0, "free, lent and carved blocks of the slab do not add up")
     if (slab in heap.partial[kind.index]) == slab.is_full:
         yield Violation("slab-lists", address, 0, "the slab is filed wrong among those with room")
-    if arena.committed_in(slab.first_page, slab.pages_touched) != slab.pages_touched:
+    holes = sum(slab.own_pages(index)[1] for index in slab.hollow)
+    if any(arena.committed_in(*slab.own_pages(index)) for index in slab.hollow):
+        yield Violation("commit", address, 0, "a hollow block's own pages are committed")
+    elif arena.committed_in(slab.first_page, slab.pages_touched) != slab.pages_touched - holes:
         yield Violation("commit", address, 0, "carved blocks lie on uncommitted pages")
     for index, word in enumerate(arena.words[slab.slot : slab.slot + slab.carved].tolist()):
         block = slab.base + index * kind.extent

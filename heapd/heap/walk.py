@@ -126,18 +126,22 @@ def _slab_entries(heap: Heap, slab: Slab, index: int, skip: int, is_live: IsLive
     start, extent = slab.first_page << PAGE_SHIFT, slab.kind.extent
     if start >= skip:
         yield Entry(EntryKind.OVERHEAD, start, slab.kind.first_offset, slab.kind.first_offset, index)
-    first = max(0, (skip - slab.base + extent - 1) // extent)
+    first = max(0, (skip - slab.base) // extent)
     words = heap.arena.words[slab.slot + first : slab.slot + slab.carved].tolist() if first < slab.carved else []
     for number, word in enumerate(words, first):
         state, session = SLAB_WORD.state(word), SLAB_WORD.session(word)
         generation = SLAB_WORD.generation(word)
         address = slab.base + number * extent
+        if address < skip and slab.lent[number]:
+            continue
         if state == BUSY and slab.lent[number]:
             size, orphaned = min(SLAB_WORD.size(word), extent), not is_live(session)
             yield Entry(EntryKind.BUSY, address, size, extent, index, session, orphaned, generation)
         elif state == CACHED and slab.lent[number]:
             yield Entry(EntryKind.CACHED, address, extent, extent, index, session, False, generation)
-        else:
+        elif number in slab.hollow:
+            yield from (Entry(*part, part[2], index) for part in hollow_parts(slab, number) if part[1] >= skip)
+        elif address >= skip:
             yield Entry(EntryKind.FREE, address, extent, extent, index, 0, False, generation)
     yield from _slab_rest(heap, slab, index, skip)
 
@@ -147,6 +151,15 @@ def _slab_rest(heap: Heap, slab: Slab, index: int, skip: int) -> Iterator[Entry]
     for kind, address, size in slab_rest(heap, slab):
         if address >= skip:
             yield Entry(kind, address, size, size, index)
+
+
+def hollow_parts(slab: Slab, number: int) -> list[tuple[EntryKind, int, int]]:
+    """(kind, address, bytes) of the parts of a hollow block."""
+    first, page_count = slab.own_pages(number)
+    start = slab.base + number * slab.kind.extent
+    hole, hole_end, end = first << PAGE_SHIFT, (first + page_count) << PAGE_SHIFT, start + slab.kind.extent
+    parts = [(EntryKind.FREE, start, hole - start), (EntryKind.UNCOMMITTED, hole, hole_end - hole)]
+    return [part for part in [*parts, (EntryKind.FREE, hole_end, end - hole_end)] if part[2]]
 
 
 def slab_rest(heap: Heap, slab: Slab) -> list[tuple[EntryKind, int, int]]:

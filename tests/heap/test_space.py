@@ -195,10 +195,10 @@ def test_more_than_the_threshold_is_decommitted_at_once(make_heap: MakeHeap, are
 
 
 def test_the_threshold_grows_with_the_heap(make_heap: MakeHeap) -> None:
-    """A 256th of 64 MiB: 256 KiB may stay, twice that may not."""
+    """A 1024th of 96 MiB: 96 KiB may stay, twice that may not."""
     heap = make_heap(maximum=128 * MIB)
-    heap.alloc(64 * MIB, SESSION)
-    for size, stays in ((256 * KIB, True), (512 * KIB, False)):
+    heap.alloc(96 * MIB, SESSION)
+    for size, stays in ((96 * KIB, True), (192 * KIB, False)):
         block, anchor = heap.alloc(size, SESSION), heap.alloc(4096, SESSION)
         heap.free(block.address, block.generation)
         assert (heap.space.spare_committed >= size // PAGE_SIZE) is stays

@@ -125,7 +125,14 @@ def heap_portrait(heap: Heap) -> Any:
     return (
         (heap.maximum, heap.max_block, heap.allocations, heap.releases),
         {
-            first: (slab.kind, slab.page_count, slab.carved, bytes(map(bool, slab.lent)), sorted(slab.free))
+            first: (
+                slab.kind,
+                slab.page_count,
+                slab.carved,
+                bytes(map(bool, slab.lent)),
+                sorted(slab.free),
+                sorted(slab.hollow),
+            )
             for first, slab in slabs
         },
         [[slab.first_page for slab in slabs] for slabs in heap.partial],
