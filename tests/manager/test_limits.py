@@ -241,11 +241,11 @@ def test_reclaiming_frees_the_spare_pages_of_every_heap(client: Client, other: C
     """What a heap keeps committed for itself is not lost to others who are short of memory: free pages, empty slabs."""
     heap = client.create(maximum=180 * MIB)
     client.alloc(heap, 150 * MIB)
-    spare, _ = client.alloc(heap, 512 * KIB), client.alloc(heap, 4096)
+    spare, _ = client.alloc(heap, 128 * KIB), client.alloc(heap, 4096)
     client.free(heap, spare)
     client.free(heap, client.alloc(heap, 500))
     mine = other.create()
-    wanted = manager.arena.budget.limit - manager.arena.budget.committed + 256 * KIB
+    wanted = manager.arena.budget.limit - manager.arena.budget.committed + 64 * KIB
     with pytest.raises(HeapFullError):
         other.alloc(mine, wanted)
     assert other.ask(m.ArenaReclaim()) == 1, "one other session may have something cached"
