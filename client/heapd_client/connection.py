@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
+from math import ceil, inf
 from time import monotonic
 from typing import Any, Final
 from weakref import WeakSet
@@ -36,10 +37,10 @@ from heapd.errors import (
     MessageError,
     error_from_wire,
 )
-from heapd.wire import Reply, Request, decode_reply, encode_request
+from heapd.wire import Endpoint, Reply, Request, decode_reply, encode_request
 from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
-from .control import SLICE_MS, Greeting, ProcessWatch, open_socket
+from .control import SLICE_MS, Greeting, ProcessWatch, is_process_alive, open_socket
 from .mapping import Mapping, Server
 
 __all__ = ["Connection"]
@@ -93,13 +94,14 @@ class _Channel:
 class Connection:
     """What one session uses to call its daemon; any thread may call.
 
-    Args: greeting (hello's answer), context (owned from now on), arena (whose header says who serves it),
+    Args: endpoint, greeting (hello's answer), context (owned from now on), arena (whose header says who serves it),
           timeout_s (deadline of a call), on_late (gets each request whose answer came after it was given up, and the
           answer).
     """
 
     def __init__(
         self,
+        endpoint: Endpoint,
         greeting: Greeting,
         context: zmq.Context[zmq.Socket[bytes]],
         arena: Mapping,
@@ -110,6 +112,7 @@ class Connection:
         self.greeting = greeting
         self.is_closed = False
         self.timeout_s = timeout_s
+        self._endpoint = endpoint
         self._context = context
         self._token = greeting.token
         self._ids = count(1)
@@ -124,10 +127,12 @@ class Connection:
         self._watch = ProcessWatch(*self._server[1:])
         self._can_watch = self._watch.is_alive()
 
-    def call(self, request: Request, wait_s: float = 0.0) -> Any:
+    def call(self, request: Request, wait_s: float = 0.0, until: float = inf) -> Any:
         """The daemon's answer to `request`.
 
-        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the session's timeout).
+        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the session's timeout), until
+                (monotonic seconds: from then on it is waited for no longer if it has died, and nobody is to start it
+                again).
         Raises: what the daemon answers; DaemonStoppedError, DaemonLostError; ClosedError after close.
         """
         request_id = next(self._ids)
@@ -154,9 +159,9 @@ class Connection:
                     reply = decode_reply(_raw_recv(dealer))
                     if reply.request_id != request_id:
                         self._take_late(channel, reply)
-                        reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
+                        reply = self._wait(channel, request, frame, request_id, is_sent, wait_s, until)
                 except zmq.Again:
-                    reply = self._wait(channel, request, frame, request_id, is_sent, wait_s)
+                    reply = self._wait(channel, request, frame, request_id, is_sent, wait_s, until)
             except BaseException as error:
                 channel.is_shaken = channel.is_shaken or not isinstance(error, HeapdError)
                 self._abandon(channel, request_id, request, frame)
@@ -201,10 +206,17 @@ class Connection:
 
     # -- the slow path: no answer within a slice, or somebody else's ---------------------------------------------------
     def _wait(
-        self, channel: _Channel, request: Request, frame: bytes, request_id: int, is_sent: bool, wait_s: float
+        self,
+        channel: _Channel,
+        request: Request,
+        frame: bytes,
+        request_id: int,
+        is_sent: bool,
+        wait_s: float,
+        until: float,
     ) -> Reply:
         """Wait for the answer to a request; send it if that was not possible yet, repeat it while none comes."""
-        now = monotonic()
+        began = now = monotonic()
         deadline = now + self.timeout_s + wait_s
         repeat_s = _REPEAT_S + wait_s
         repeat_at = now + repeat_s
@@ -218,7 +230,7 @@ class Connection:
                     is_sent, repeat_at, repeat_s = False, now + repeat_s, _REPEAT_S + wait_s
                     _raw_send(channel.socket, frame)
                     is_sent = True
-                if channel.socket.poll(slice_ms):
+                if channel.socket.poll(slice_ms if now >= until else ceil(min(slice_ms, (until - now) * 1000))):
                     reply = decode_reply(_raw_recv(channel.socket))
                     if reply.request_id == request_id:
                         return reply
@@ -228,7 +240,9 @@ class Connection:
                 pass
             now = monotonic()
             if now >= deadline:
-                raise self._lost(request)
+                raise self._lost(request, self.timeout_s)
+            if now >= until and not (self._is_served() or self._is_awaited()):
+                raise self._lost(request, now - began)
 
     def _check_open(self, request: Request) -> None:
         """Raises: ClosedError, DaemonStoppedError if waiting is in vain."""
@@ -256,11 +270,16 @@ class Connection:
             self._server = server
         return self._watch.is_alive()
 
-    def _lost(self, request: Request) -> DaemonLostError:
+    def _is_awaited(self) -> bool:
+        """Whether somebody lives who is to start the daemon again, or just does."""
+        holder = self._endpoint.holder()
+        return holder is not None and is_process_alive(*holder)
+
+    def _lost(self, request: Request, within_s: float) -> DaemonLostError:
         pid = self._arena.server.pid
         fault = "did not answer" if self._is_served() else "has died, and was not started again"
         return DaemonLostError(
-            f"{request.name}: the daemon, process {pid}, {fault} within {self.timeout_s:g} s", op=request.name
+            f"{request.name}: the daemon, process {pid}, {fault} within {within_s:.3g} s", op=request.name
         )
 
     def _abandon(self, channel: _Channel, request_id: int, request: Request, frame: bytes) -> None:

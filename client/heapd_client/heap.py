@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count as count_from
+from math import inf
 from operator import index
 from threading import get_ident
 from time import monotonic
@@ -528,7 +529,8 @@ class Heap(HeapCore):
         """The block that `name` stands for.
 
         Args:   timeout (seconds to wait for somebody to publish it; None or 0: do not wait).
-        Raises: NoSuchNameError if it stands for nothing and no wait was asked for; WaitTimeoutError past the timeout.
+        Raises: NoSuchNameError if it stands for nothing and no wait was asked for; WaitTimeoutError past the timeout;
+                DaemonLostError if the daemon has died, then at the latest.
         """
         timeout = as_timeout(timeout)
         deadline = monotonic() + (timeout or 0.0)
@@ -546,7 +548,8 @@ class Heap(HeapCore):
             self.check()
             wait_s = min(max(deadline - monotonic(), 0.0), _LOOKUP_SLICE_S)
             try:
-                found = self.session.call(ask.NameLookup(self.id, name, int(wait_s * 1000)), wait_s)
+                request = ask.NameLookup(self.id, name, int(wait_s * 1000))
+                found = self.session.call(request, wait_s, deadline if timeout else inf)
             except (WaitTimeoutError, NoSuchNameError):
                 if not timeout:
                     raise NoSuchNameError(f"nothing is published as {name!r}", name=name) from None

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from math import inf
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
 
@@ -146,7 +147,7 @@ class Session:
                 strays.extend((request.heap, grant[1], _LEASED) for grant in result)
 
         # No reference to the session: it would never be collected.
-        return Connection(greeting, context, arena, timeout_s=self.timeout, on_late=take_late)
+        return Connection(self._endpoint, greeting, context, arena, timeout_s=self.timeout, on_late=take_late)
 
     def __repr__(self) -> str:
         return f"<Session {self.endpoint}{' closed' if self._is_closed else ''}>"
@@ -158,10 +159,11 @@ class Session:
         self.close()
 
     # -- calls -------------------------------------------------------------------------------------------------------
-    def call(self, request: Request, wait_s: float = 0.0) -> Any:
+    def call(self, request: Request, wait_s: float = 0.0, until: float = inf) -> Any:
         """Ask the daemon; what every method here and of Heap comes down to.
 
-        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the timeout).
+        Args:   wait_s (seconds the daemon itself may take on purpose, on top of the timeout), until (monotonic seconds
+                from which on a daemon that has died for good is waited for no longer).
         Raises: what the daemon answers; DaemonLostError, DaemonStoppedError, ClosedError.
         """
         connection = self._connection
@@ -170,7 +172,7 @@ class Session:
         if self._strays:
             self.give_back()
         try:
-            return connection.call(request, wait_s)
+            return connection.call(request, wait_s, until)
         except SessionLostError:
             if self._is_closed:
                 raise ClosedError("the session was closed while a call was waiting") from None

@@ -196,6 +196,35 @@ def test_a_daemon_that_is_not_started_again_is_lost_at_the_deadline(start_daemon
     assert time.monotonic() - started < 10
 
 
+def test_a_wait_for_a_name_ends_at_its_deadline_if_the_daemon_is_lost(start_daemon: StartDaemon) -> None:
+    """Whatever the session's own timeout is: nobody is left who could answer."""
+    daemon = start_daemon()
+    with hc.connect(daemon.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap()
+        daemon.kill()
+        started = time.monotonic()
+        with pytest.raises(errors.DaemonLostError, match="has died, and was not started again"):
+            heap.lookup("never", timeout=0.5)
+        assert 0.5 <= time.monotonic() - started < 5
+
+
+def test_a_wait_for_a_name_outlives_the_server_if_it_is_started_again(start_daemon: StartDaemon) -> None:
+    """Its deadline, too, if it falls between two servers: the answer is the next one's."""
+    daemon = start_daemon()
+    with hc.connect(daemon.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap("x")
+        daemon.process.send_signal(signal.SIGSTOP)  # the supervisor: there is no other server before it goes on
+        daemon.kill_server()
+        goes_on = threading.Timer(1.0, daemon.process.send_signal, [signal.SIGCONT])
+        goes_on.start()
+        try:
+            with pytest.raises(errors.WaitTimeoutError):
+                heap.lookup("never", timeout=0.3)
+            assert session.incarnation == 2
+        finally:
+            goes_on.join()
+
+
 def test_several_daemons_in_one_process(start_daemon: StartDaemon) -> None:
     """Each session is its own: blocks, handles and closing."""
     daemons = [start_daemon() for _ in range(2)]
