@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,23 @@ def test_a_segment_that_is_not_whole_is_replaced(
     assert re.search(f"removing the shared memory segment {path.name}, which {said}", second.log)
     assert path.stat().st_ino != inode
     assert second.status()["incarnation"] == 1
+
+
+def test_clients_of_an_arena_that_was_cut_are_told(start_daemon: StartDaemon) -> None:
+    """The server dies at it (SIGBUS) when it next reads what is not there; the next one makes a new arena, and nobody
+    waits for the old one."""
+    daemon = start_daemon()
+    pid = daemon.pid
+    with hc.connect(daemon.endpoint, autostart=False, timeout=30) as session:
+        heap = session.create_heap()
+        os.truncate(SEGMENTS / session.segment, 1 << 20)
+        with suppress(hc.HeapdError), hc.connect(daemon.endpoint, autostart=False):
+            pass  # whose session word lies beyond the cut
+        assert wait_for_another(daemon, pid)
+        assert f"the server process {pid} was killed by SIGBUS" in daemon.log
+        assert session.arena.is_stopped
+        with pytest.raises((hc.DaemonStoppedError, hc.SessionLostError)):
+            heap.alloc(100)
 
 
 @pytest.mark.parametrize(
