@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
 
+from heapd.errors import InvalidArgumentError
 from heapd.units import GIB, MIB, PAGE_SHIFT, PAGE_SIZE, align_up
 
 __all__ = [
@@ -320,12 +321,18 @@ class Handle(NamedTuple):
     generation: int
 
     def encode(self) -> bytes:
+        """Raises: InvalidArgumentError if it was made by hand, and its fields are not what they should be."""
         instance, slot, address, generation = self
-        return _pack_handle(instance, slot, address, generation)
+        try:
+            return _pack_handle(instance, slot, address, generation)
+        except HandleFormatError:
+            raise InvalidArgumentError("a handle is 16 bytes and three numbers from 0 to 2**64 - 1") from None
 
     @classmethod
     def decode(cls, data: bytes) -> Handle:
-        """Raises: ValueError if `data` is not the 40 bytes of a handle."""
-        if len(data) != _HANDLE.size:
-            raise ValueError(f"a handle is {_HANDLE.size} bytes, not {len(data)}")
-        return tuple.__new__(cls, _HANDLE.unpack(data))
+        """Raises: InvalidArgumentError if `data` is not the 40 bytes of a handle."""
+        try:
+            return tuple.__new__(cls, _HANDLE.unpack(data))
+        except (HandleFormatError, TypeError):
+            told = f"{len(data)}" if isinstance(data, (bytes, bytearray)) else type(data).__name__
+            raise InvalidArgumentError(f"a handle is {_HANDLE.size} bytes, not {told}") from None

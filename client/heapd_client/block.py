@@ -28,6 +28,7 @@ from heapd.errors import (
 )
 from heapd.layout import RUN_WORD, SLAB_WORD, Handle, WordFormat
 
+from .arguments import shown
 from .exporter import IDLE, make_exporter, release_exporter
 
 if TYPE_CHECKING:
@@ -192,7 +193,10 @@ class Block:
         except ImportError:
             raise MissingExtraError("numpy is not installed; install it with: pip install 'heapd[numpy]'") from None
         self._check()
-        kind = np.dtype(dtype)
+        try:
+            kind = np.dtype(dtype)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"{shown(dtype)} is no type that numpy knows: {error}") from None
         if kind.hasobject:
             raise InvalidArgumentError("an array of Python objects cannot be shared between processes")
         try:
@@ -210,9 +214,12 @@ class Block:
                 f"an array of shape {dimensions} and type {kind} takes {needed} bytes; the block has {self.size}"
             )
         view = self.view
-        if needed == 0:
-            return np.ndarray(dimensions, kind, buffer=view[:0])
-        return np.frombuffer(view, kind, count).reshape(dimensions)
+        try:
+            if needed == 0:
+                return np.ndarray(dimensions, kind, buffer=view[:0])
+            return np.frombuffer(view[:needed], kind.base).reshape(dimensions + kind.shape)
+        except (ValueError, OverflowError) as error:
+            raise InvalidArgumentError(f"numpy makes no array of shape {shown(dimensions)}: {error}") from None
 
     # -- life --------------------------------------------------------------------------------------------------------
     def realloc(self, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:

@@ -28,6 +28,8 @@ from heapd.layout import LAYOUT_VERSION
 from heapd.wire import MAX_REPLY_BYTES, TOKEN_BYTES, Endpoint, Request, decode_reply, encode_request
 from heapd.wire.messages import Hello, Status, Stop
 
+from .arguments import as_patience
+
 __all__ = [
     "SLICE_MS",
     "Greeting",
@@ -218,7 +220,7 @@ def daemon_status(endpoint: str | None = None, *, timeout: float = 10.0) -> dict
     Returns: name, endpoint, pid, incarnation, uptime_s, sessions, heaps, committed, ...; see PROTOCOL.md.
     Raises:  DaemonNotFoundError if none answers; DaemonLostError past the timeout.
     """
-    answer: dict[str, Any] = ask(Endpoint.parse(endpoint), Status(), timeout)
+    answer: dict[str, Any] = ask(Endpoint.parse(endpoint), Status(), as_patience(timeout))
     return answer
 
 
@@ -230,6 +232,7 @@ def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
     """
     import select
 
+    timeout = as_patience(timeout)
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
     pid = ask(where, Status(), timeout)["pid"]

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import count as count_from
 from math import inf
-from operator import index
 from threading import get_ident
 from time import monotonic
 from typing import Any, Final
@@ -37,9 +36,10 @@ from heapd.units import MIB, PAGE_SHIFT, pages_for
 from heapd.wire import MAX_BATCH
 from heapd.wire import messages as ask
 
+from .arguments import as_count, as_size, as_timeout
 from .block import Block, Visitor
 from .frontend import FrontEnd
-from .heapcore import HeapCore, as_timeout, deferred, working
+from .heapcore import HeapCore, deferred, working
 from .registry import is_exiting
 
 __all__ = ["Heap"]
@@ -74,7 +74,7 @@ class Heap(HeapCore):
 
     def alloc_slow(self, size: int, zero: bool, popped: Block | None) -> Block:
         """For the front end: alloc where its hot function does not suffice."""
-        size = _as_size(size)
+        size = as_size(size)
         try:
             return self._alloc_held(size, zero, popped)
         except HeapFullError as shortage:
@@ -162,18 +162,15 @@ class Heap(HeapCore):
         Returns: the blocks, in the order of `sizes`.
         Raises:  as alloc.
         """
-        if isinstance(sizes, int):
-            if count is None or count < 0:
-                raise InvalidArgumentError("alloc_many of one size needs a count of blocks, 0 or more")
-            if count > _MAX_COUNT:
-                raise InvalidArgumentError(f"alloc_many gives at most {_MAX_COUNT} blocks at once")
-            wanted = [sizes] * count
+        if not isinstance(sizes, Iterable):
+            size = as_size(sizes)
+            if count is None:
+                raise InvalidArgumentError("alloc_many of one size needs a count of blocks")
+            wanted = [size] * as_count(count, _MAX_COUNT)
         elif count is not None:
             raise InvalidArgumentError("alloc_many takes a count only with a single size")
         else:
-            if not isinstance(sizes, Iterable):
-                raise InvalidArgumentError(f"alloc_many takes sizes, not {type(sizes).__name__}")
-            wanted = [_as_size(size) for size in sizes]
+            wanted = [as_size(size) for size in sizes]
         try:
             return self._alloc_many(wanted, zero)
         except HeapFullError as shortage:
@@ -316,6 +313,8 @@ class Heap(HeapCore):
 
         Raises: as Block.free, of any of them; DoubleFreeError also if one is named twice.
         """
+        if not isinstance(blocks, Iterable):
+            raise InvalidArgumentError(f"free_many takes blocks, not {type(blocks).__name__}")
         doomed = list(blocks)
         self.check()
         seen: set[int] = set()
@@ -354,7 +353,7 @@ class Heap(HeapCore):
 
     def realloc(self, block: Block, size: int, *, zero: bool = False, in_place_only: bool = False) -> Block:
         """Resize a block of this heap; see Block.realloc."""
-        size = _as_size(size)
+        size = as_size(size)
         try:
             return self._realloc(block, size, zero, in_place_only)
         except HeapFullError as shortage:
@@ -610,14 +609,3 @@ def _keep_from_reopening(block: Block) -> None:
 def _freed(block: Block) -> StaleHandleError:
     """What to say of a block whose place the daemon knows as no block's: it was one, so its slab or run has gone."""
     return StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
-
-
-def _as_size(size: Any) -> int:
-    """An int out of what counts as one, such as numpy's."""
-    try:
-        value = index(size)
-    except TypeError:
-        raise InvalidArgumentError(f"a size is a count of bytes, not {type(size).__name__}") from None
-    if not 0 <= value < 1 << 64:
-        raise InvalidArgumentError("a size is a count of bytes, 0 to 2**64 - 1")
-    return value

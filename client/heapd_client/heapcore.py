@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from heapd.errors import ClosedError, HeapDestroyedError, InvalidArgumentError, LockTimeoutError, StaleHandleError
+from heapd.errors import ClosedError, HeapDestroyedError, LockTimeoutError, StaleHandleError
 from heapd.layout import (
     C_ACQUIRED,
     C_CONTENDED,
@@ -31,6 +31,7 @@ from heapd.records import HeapInfo
 from heapd.units import PAGE_SHIFT, PAGE_SIZE, pages_for
 from heapd.wire import messages as ask
 
+from .arguments import as_timeout
 from .frontend import FrontEnd, check_busy
 from .homing import Away, Homes
 from .hotpath import Lock, is_quiet
@@ -42,23 +43,12 @@ if TYPE_CHECKING:
     from .mapping import Mapping
     from .session import Session
 
-__all__ = ["HeapCore", "deferred", "working", "as_timeout"]
+__all__ = ["HeapCore", "deferred", "working"]
 
 # Threads (by ident) that are in some front end now. What a finaliser frees there waits in `deferred`: the lists are in
 # the middle of a change, and to wait for another heap's gate or mutex could be to wait for ever.
 working: Final[set[int]] = set()
 deferred: Final[deque[tuple[Heap, Block]]] = deque()
-
-_FOR_EVER_S = 1e9
-
-
-def as_timeout(timeout: Any) -> float | None:
-    """Seconds, or None for no limit. Raises: InvalidArgumentError for what is neither."""
-    if timeout is None:
-        return None
-    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not timeout >= 0:
-        raise InvalidArgumentError(f"a timeout is seconds, 0 or more, or None; not {str(timeout)[:40]!r}")
-    return min(float(timeout), _FOR_EVER_S)
 
 
 class HeapCore:

@@ -46,13 +46,13 @@ from heapd.records import ArenaStatistics, Entry, EntryKind, HeapInfo, SessionIn
 from heapd.wire import Endpoint, Request, check_directory
 from heapd.wire import messages as ask
 
+from .arguments import as_patience, as_pid, as_timeout, shown
 from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
 from .control import Greeting, await_daemon, is_process_alive, not_found, say_hello
 from .handles import Located, checked_handle, locate, locate_at, stale
 from .heap import Heap
-from .heapcore import as_timeout
 from .homing import Guests
 from .mapping import Mapping
 from .registry import register, unregister
@@ -83,8 +83,7 @@ def connect(
     Raises:  DaemonNotFoundError if none answers and none is or could be started; DaemonLostError past the timeout;
              VersionError, AccessError, SegmentError, LimitError; InvalidArgumentError for an endpoint that is none.
     """
-    if not as_timeout(timeout):
-        raise InvalidArgumentError(f"a timeout is more than 0 seconds, not {timeout}")
+    timeout = as_patience(timeout)
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
     for attempt in range(1, _CONNECT_ATTEMPTS + 1):
@@ -358,7 +357,7 @@ class Session:
         Raises:  HeapExistsError, HeapFullError, LimitError, InvalidArgumentError; ExecuteError if the system does not
                  let shared memory be executed.
         """
-        if orphans not in ("keep", "free"):
+        if not isinstance(orphans, str) or orphans not in ("keep", "free"):
             raise InvalidArgumentError('orphans is "keep" or "free"')
         if executable:
             self.arena.check_executable()
@@ -406,15 +405,18 @@ class Session:
 
     def open_heap_id(self, heap_id: int) -> Heap:
         """The heap with that id, as a pickled Heap or a HeapInfo names it. Raises: NoSuchHeapError."""
+        if not isinstance(heap_id, int):
+            raise InvalidArgumentError(f"a heap's id is an int, not {shown(heap_id)}")
         heap = self._heaps.get(heap_id)
         return heap if heap is not None and heap.is_live else self._adopt(self.call(ask.HeapOpenId(heap_id)))
 
     def heaps(self, pid: int | None = None) -> list[HeapInfo]:
         """All heaps, or those that a process has open, its default heap first."""
+        process = as_pid(pid)
         found: dict[int, HeapInfo] = {}
         after = 0
         while True:
-            page = self.call(ask.HeapList(pid or 0, after, _LIST_PAGE))
+            page = self.call(ask.HeapList(process, after, _LIST_PAGE))
             found.update((fields[0], HeapInfo(*fields)) for fields in page)
             if len(page) < _LIST_PAGE:
                 return list(found.values())
@@ -433,7 +435,7 @@ class Session:
 
     def sessions(self, pid: int | None = None) -> list[SessionInfo]:
         """All sessions, or those of one process."""
-        return [SessionInfo(*fields) for fields in self.call(ask.SessionList(pid or 0))]
+        return [SessionInfo(*fields) for fields in self.call(ask.SessionList(as_pid(pid)))]
 
     def statistics(self) -> ArenaStatistics:
         """Bytes of the arena; the parts add up."""
@@ -523,6 +525,7 @@ class Session:
         Args: patience_s (seconds that the daemon may take; None: the timeout, or 1 s for one that has died). No answer
         is no error: the daemon notices by itself when this process ends.
         """
+        patience_s = as_timeout(patience_s)
         if patience_s is None and not is_process_alive(*self.arena.server[1:]):
             patience_s = min(self.timeout, _DEAD_PATIENCE_S)
         with self._lock:

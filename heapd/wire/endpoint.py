@@ -71,6 +71,8 @@ class Endpoint:
         Args:   text (None or "": $HEAPD_ENDPOINT if set, else the daemon "default"), environ (None: the process's).
         Raises: InvalidArgumentError if it is neither, or its socket path would be too long.
         """
+        if text is not None and not isinstance(text, str):
+            raise InvalidArgumentError(f"an endpoint is text, or None, not {type(text).__name__}", field="endpoint")
         environ = os.environ if environ is None else environ
         text = text or environ.get(_ENDPOINT_VARIABLE) or DEFAULT_NAME
         if text.startswith(_SCHEME):

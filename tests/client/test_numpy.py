@@ -55,6 +55,13 @@ def test_an_array_that_does_not_fit_is_refused(heap: hc.Heap) -> None:
                 block.ndarray(shape, kind)
 
 
+def test_a_type_may_be_an_array_itself(heap: hc.Heap) -> None:
+    """Its lengths come after those of the shape, as everywhere in numpy; so does a type of several fields."""
+    with heap.alloc(64) as block:
+        assert block.ndarray(2, ("i4", 3)).shape == (2, 3)
+        assert block.ndarray((2, 2), "i4,f8")["f1"].shape == (2, 2)
+
+
 def test_an_empty_array_is_possible(heap: hc.Heap) -> None:
     """A shape with a zero in it takes no bytes."""
     with heap.alloc(0) as block:

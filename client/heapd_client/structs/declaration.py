@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import InvalidArgumentError
+from heapd_client.arguments import shown
 
-from .kinds import Bytes, Kind, Memory, Number, shown
+from .kinds import Bytes, Kind, Memory, Number
 
 if TYPE_CHECKING:
     from heapd_client.mapping import Mapping
@@ -122,6 +123,8 @@ class RecordType(type):
 
 def _declared(cls: RecordType, declared: Any) -> Iterator[tuple[str, Kind]]:
     """The fields that a class statement declares, checked."""
+    if not isinstance(declared, Iterable):
+        raise InvalidArgumentError(f"{cls.__name__}: _fields_ is a list of (name, type), not {shown(declared)}")
     seen = set()
     for item in declared:
         if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[0], str):

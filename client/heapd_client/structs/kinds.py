@@ -12,24 +12,20 @@ from struct import error as StructError
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from heapd.errors import InvalidArgumentError
+from heapd.layout import MAX_BLOCK_SIZE
+from heapd_client.arguments import shown
 
 if TYPE_CHECKING:
     from heapd_client.mapping import Mapping
 
     from .record import Record
 
-__all__ = ["Array", "Bytes", "Kind", "Number", "Text", "shown"]
+__all__ = ["Array", "Bytes", "Kind", "Number", "Text"]
 
 Memory = memoryview | bytearray
 
 # ctypes' letters of what has no pointer in it; struct's native mode knows the same ones by the same sizes.
 _NUMBERS: Final = frozenset("?bBhHiIlLqQfdc")
-
-
-def shown(value: object) -> str:
-    """A value in an error message: not longer than a line."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 class Kind:
@@ -95,7 +91,7 @@ class Bytes(Kind):
     """Bytes up to the first NUL, `size` at most; declared `c_char * size`."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(ctypes.c_char * _checked_count(size))
+        super().__init__(ctypes.c_char * _checked_count(size, 1))
 
     def read(self, record: Record, offset: int) -> Any:
         at = record.locate() + offset
@@ -137,7 +133,7 @@ class ArrayKind(Kind):
     """A fixed number of elements of one kind; read as an Array, written from as many values."""
 
     def __init__(self, element: Kind, count: int) -> None:
-        super().__init__(element.ctype * _checked_count(count))
+        super().__init__(element.ctype * _checked_count(count, element.size))
         self.element = element
         self.count = count
 
@@ -223,7 +219,10 @@ class Array(Sequence[Any]):
         return f"[{', '.join(self._element.show(self._record, place) for place in places)}]"
 
 
-def _checked_count(count: Any) -> int:
+def _checked_count(count: Any, size: int) -> int:
+    """Args: size (bytes of each of so many)."""
     if not isinstance(count, int) or count < 1:
         raise InvalidArgumentError(f"a field has a size of 1 or more, not {shown(count)}")
+    if count * size > MAX_BLOCK_SIZE:
+        raise InvalidArgumentError(f"a field of {count} times {size} bytes fits no block")
     return count

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from heapd.errors import ClosedError, DoubleFreeError, InvalidArgumentError, StaleHandleError, WrongHeapError
+from heapd_client.arguments import shown
 from heapd_client.block import Block
 from heapd_client.heap import Heap
 
 from .declaration import RecordType
-from .kinds import shown
 
 if TYPE_CHECKING:
     from heapd_client.mapping import Mapping

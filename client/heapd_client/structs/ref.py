@@ -19,9 +19,10 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
 from heapd.errors import InvalidArgumentError, NotABlockError, StaleHandleError
+from heapd_client.arguments import shown
 
 from .declaration import RecordType
-from .kinds import Kind, Memory, shown
+from .kinds import Kind, Memory
 
 if TYPE_CHECKING:
     from heapd_client.mapping import Mapping
