@@ -440,7 +440,7 @@ class FrontEnd:
         the bins, and giving everything back finds them, should they still be ours."""
         self.held -= sum(block.extent for block in doomed)
         with suppress(DaemonError):
-            self._heap.tell_given_back([block.address for block in doomed])
+            self._heap.tell_given_back(list(map(_name, doomed)))
 
     # -- all of it ---------------------------------------------------------------------------------------------------
     def stop_frees(self) -> None:
@@ -448,16 +448,16 @@ class FrontEnd:
         for bin_ in self:
             bin_.set(0)
 
-    def empty(self) -> list[int]:
-        """Have every call take the slow path from now on. Returns: addresses of what was cached."""
+    def empty(self) -> list[tuple[int, int]]:
+        """Have every call take the slow path from now on. Returns: addresses and generations of what was cached."""
         self.stop_frees()
         self._stack_of.clear()
         self._larger_of.clear()
-        addresses = []
+        blocks: list[tuple[int, int]] = []
         for bin_ in self:
-            addresses += [block.address for block in bin_.stack]
+            blocks += map(_name, bin_.stack)
             bin_.stack.clear()
-        return addresses
+        return blocks
 
     def end(self) -> list[int]:
         """As `empty`, for good: the views of blocks that are allocated take the slow path, too."""
@@ -492,6 +492,11 @@ class FrontEnd:
 
     def __iter__(self) -> Iterator[Bin]:
         return iter(list(self._bins.values()))
+
+
+def _name(block: Any) -> tuple[int, int]:
+    """Address and generation of a cached block."""
+    return block.address, block._form.generation(block._base)
 
 
 def check_busy(word: int, block: Block, form: WordFormat) -> int:

@@ -87,6 +87,7 @@ class HeapCore:
         self.homes = Homes(cast("Heap", self))
         self._is_paused = False
         self._is_releasing = False
+        self._is_swept = False  # perhaps: an answer was not waited for, and the daemon may yet take all that is CACHED
         self._gate = threading.RLock()  # of the front end, in this process; taken after the mutex
         self._harmless = {HeapCore._settle.__code__, type(self).alloc_slow.__code__}  # type: ignore[attr-defined]
 
@@ -126,7 +127,7 @@ class HeapCore:
 
     def _front_end(self) -> FrontEnd | None:
         """The front end, inside `_enter`; made now if there is none, or it is of an earlier epoch. None in a session
-        without front ends, and in a finaliser that runs while everything is given back."""
+        without front ends, while the daemon may be giving everything back, and in a finaliser that runs then."""
         self.check()
         front = self._front
         if front is not None and (front.live == self._live_word or get_ident() in working):
@@ -135,6 +136,8 @@ class HeapCore:
             return None
         session = self.session.number
         self.release_cache()
+        if self._is_swept:
+            return None
         return self._front or self._new_front(session)
 
     @property
@@ -173,13 +176,15 @@ class HeapCore:
             try:
                 working.add(me)
                 self._is_releasing = True
-                addresses = self._drop_front()
-                if not addresses and not (thorough and self._had_front):
+                blocks = self._drop_front()
+                if not (blocks or self._is_swept or (thorough and self._had_front)):
                     return
                 if is_quiet(self._harmless):
-                    self.session.call(ask.HeapGiveBack(self.id, [], True))
+                    self._is_swept = True
+                    self.session.sweep(self.id)
+                    self._is_swept = False
                 else:
-                    self.tell_given_back(addresses)
+                    self.tell_given_back(blocks)
             finally:
                 self._is_releasing = False
                 working.discard(me)
@@ -194,10 +199,14 @@ class HeapCore:
                 if self._gate._is_owned():  # type: ignore[attr-defined]
                     self._gate.release()
 
-    def tell_given_back(self, addresses: list[int]) -> None:
-        """Give cached blocks back to the daemon. Raises: DaemonError."""
-        for at in range(0, len(addresses), ask.MAX_BATCH):
-            self.session.call(ask.HeapGiveBack(self.id, addresses[at : at + ask.MAX_BATCH]))
+    def tell_given_back(self, blocks: list[tuple[int, int]]) -> None:
+        """Give cached blocks, in no bin any more, back to the daemon: each as its address and generation.
+
+        The daemon may get to know late, when the answer was not waited for, and one may have been leased again then: so
+        the generation. Raises: DaemonError."""
+        for at in range(0, len(blocks), ask.MAX_BATCH):
+            pairs = blocks[at : at + ask.MAX_BATCH]
+            self.session.call(ask.HeapGiveBack(self.id, [part for pair in pairs for part in pair]))
 
     def note_growth(self, size: int) -> None:
         """Blocks in use have become more by so many bytes, past the front end."""
@@ -208,8 +217,8 @@ class HeapCore:
         """Add to the counter of the mutex, which the caller holds."""
         self._words[self._acquired] += count
 
-    def _drop_front(self) -> list[int]:
-        """Use the front end no longer. Returns: addresses of what it cached."""
+    def _drop_front(self) -> list[tuple[int, int]]:
+        """Use the front end no longer. Returns: addresses and generations of what it cached."""
         front, self._front = self._front, None
         self.__dict__.pop("alloc", None)
         if front is None:
@@ -396,6 +405,7 @@ class HeapCore:
     def forked(self) -> None:
         """In the child: what is cached is the parent's."""
         self._gate = threading.RLock()
+        self._is_swept = False
         self._exempt.clear()
         if self._front is not None:
             self._front.end()

@@ -230,7 +230,7 @@ class Homes:
     def save(self, block: Block) -> None:
         """The session died while a block was freed to it: have the daemon take the block, if it has not."""
         with suppress(DaemonError):
-            self._heap.tell_given_back([block.address])
+            self._heap.tell_given_back([(block.address, RUN_WORD.generation(self._words[block.slot]))])
 
     def guest_type(self, number: int, live: int) -> type[Block] | None:
         """The Block type for runs of another session, while the heap's live word is `live`; None if it is dead."""

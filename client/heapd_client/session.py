@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from math import inf
 from time import monotonic, sleep
 from typing import Any, Final, TypeVar
@@ -65,7 +66,6 @@ DEFAULT_TIMEOUT_S: Final = 10.0
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
 _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for a session that is closed meanwhile
 _PAUSES_S: Final = (0.001, 0.004, 0.016)  # arbitrary: who is at work makes a call within them; who is idle does not
-_LEASED: Final = -1  # in place of the generation of a stray: leased, not allocated
 _LIST_PAGE: Final = 500
 _kept_mapped: Final[list[Mapping]] = []  # arenas of closed sessions in which a thread holds a lock yet
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
@@ -119,7 +119,9 @@ class Session:
         self._paused: list[Heap] = []  # during a fork
         self._left_locked: list[Heap] = []  # closed or destroyed with their locks held
         self._asked = 0  # other sessions, to give back what they cache, when memory was short last
-        self._strays: deque[tuple[int, int, int]] = deque()  # (heap, address, generation): granted, wanted by nobody
+        # (heap, address, generation) of blocks that were granted and nobody wants; leased ones: less than 0
+        self._strays: deque[tuple[int, int, int]] = deque()
+        self._sweeps = count(1)
         self._lock = threading.RLock()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -143,7 +145,7 @@ class Session:
             elif isinstance(request, ask.HeapAllocMany):
                 strays.extend((request.heap, grant[1], grant[2]) for grant in result)
             elif isinstance(request, ask.HeapLease):
-                strays.extend((request.heap, grant[1], _LEASED) for grant in result)
+                strays.extend((request.heap, grant[1], -grant[2]) for grant in result)
 
         # No reference to the session: it would never be collected.
         return Connection(self._endpoint, greeting, context, arena, timeout_s=self.timeout, on_late=take_late)
@@ -213,6 +215,10 @@ class Session:
         """Have a block that nobody will ever get freed before the next call. Asks nobody now."""
         self._strays.append((heap_id, address, generation))
 
+    def sweep(self, heap_id: int) -> None:
+        """Give back all that this session caches of a heap. Raises: DaemonError; then the daemon may be about to."""
+        self.call(ask.HeapGiveBack(heap_id, [], next(self._sweeps)))
+
     def give_back(self) -> None:
         """Free what `give_back_later` was told of, as far as the daemon can be reached."""
         connection = self._ready()
@@ -220,11 +226,10 @@ class Session:
             try:
                 stray = self._strays[0]
                 heap_id, address, generation = stray
-                if generation == _LEASED:
-                    self._strays.remove(stray)  # before: it may be leased again. If it is lost, `trim` finds it
-                    connection.call(ask.HeapGiveBack(heap_id, [address]))
-                    continue
-                connection.call(ask.HeapFree(heap_id, address, generation))
+                if generation < 0:
+                    connection.call(ask.HeapGiveBack(heap_id, [address, -generation]))
+                else:
+                    connection.call(ask.HeapFree(heap_id, address, generation))
             except ConnectionError:
                 return
             except HeapdError:

@@ -161,8 +161,15 @@ class Heap:
                 raise
         return grants
 
-    def give_back(self, address: int, session: int, is_live: Callable[[int], bool] = lambda number: True) -> bool:
-        """Take back a block that `session` caches, or one that is not alive; False, and no change, if it is none."""
+    def give_back(
+        self,
+        address: int,
+        session: int,
+        is_live: Callable[[int], bool] = lambda number: True,
+        generation: int | None = None,
+    ) -> bool:
+        """Take back a block that `session` caches, or one that is not alive; False, and no change, if it is none, or
+        has another generation."""
         try:
             slab, index, slot = self.locate(address)
         except ValueError:
@@ -170,6 +177,8 @@ class Heap:
         word, form = self.arena.words[slot], self.arena.shape.word_format(slot)
         owner = form.session(word)
         if form.state(word) != CACHED or (owner != session and is_live(owner)):
+            return False
+        if generation is not None and form.generation(word) != generation:
             return False
         self.take_back(slab, index, slot)
         return True

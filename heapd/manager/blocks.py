@@ -224,19 +224,26 @@ class BlockOperations:
 
     def give_back(self, session: Session, request: m.HeapGiveBack) -> int | Job:
         shared = session.heaps.get(request.heap) or self._directory.locate(session, request.heap)
-        if request.everything:
-            return self._give_back_all(session, shared)
-        is_live = self._directory.sessions.is_live
-        taken = sum(shared.heap.give_back(address, session.number, is_live) for address in request.addresses)
+        if len(request.blocks) % 2:
+            raise InvalidArgumentError("blocks are pairs of address and generation; one is incomplete")
+        if request.sweep:
+            return self._sweep(session, shared, request.sweep)
+        give_back, is_live = shared.heap.give_back, self._directory.sessions.is_live
+        pairs = zip(request.blocks[::2], request.blocks[1::2], strict=True)
+        taken = sum(give_back(address, session.number, is_live, generation) for address, generation in pairs)
         return taken if self._directory.arena.is_settled else self._directory.settle_then(taken)
 
-    def _give_back_all(self, session: Session, shared: SharedHeap) -> Job:
+    def _sweep(self, session: Session, shared: SharedHeap, number: int) -> Job:
+        """Take back all that the session caches, unless it does not wait for that any more: then it may cache anew."""
+        if number < session.sweeps.get(shared.heap_id, 0):
+            return 0
+        session.sweeps[shared.heap_id] = number
         taken, is_live = 0, self._directory.sessions.is_live
         for seen, (_, address) in enumerate(shared.heap.lent_slots(), 1):
             taken += shared.heap.give_back(address, session.number, is_live)
             if seen % _WORDS_A_SLICE == 0:
                 yield None
-                if shared.is_destroyed:
+                if session.sweeps.get(shared.heap_id) != number:  # or the heap was closed
                     return taken
         shared.heap.drop_empty_slabs()
         yield from self._directory.settle()

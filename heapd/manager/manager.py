@@ -407,6 +407,7 @@ class HeapManager:
             raise NotPermittedError("an anonymous heap lives as long as the session that made it; destroy it instead")
         shared.openers.discard(session.number)
         del session.heaps[request.heap]
+        session.sweeps.pop(request.heap, None)
         self._note((LEAVE, session.number, shared.heap_id))
         session.closed = {other for other in session.closed if not other.is_destroyed} | {shared}
         return self._destroy(shared) if self._must_go(shared, session) else None
@@ -430,6 +431,7 @@ class HeapManager:
             session = self.sessions.find(number)
             if session is not None:
                 session.heaps.pop(shared.heap_id, None)
+                session.sweeps.pop(shared.heap_id, None)
         self._directory.room.heap_gone(shared.heap_id)
         self._note((NO_HEAP, shared.index))
         shared.heap.close()

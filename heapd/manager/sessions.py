@@ -34,7 +34,7 @@ class Session:
     that its end has still to go through), closed (heaps it had open: blocks of it may lie there), default_heap,
     requests (so far), waiters (names it waits for now), replies (its last answers by request id, oldest first),
     is_live, is_ending (its end has begun and is not done), allowance (bytes that it may be lent before its quota is
-    reckoned again).
+    reckoned again), sweeps (number of the newest of each heap, by id; see HeapGiveBack).
     """
 
     number: int
@@ -52,6 +52,7 @@ class Session:
     is_live: bool = True
     is_ending: bool = False
     allowance: int = 0
+    sweeps: dict[int, int] = field(default_factory=dict)
 
     @property
     def word(self) -> int:

@@ -293,13 +293,15 @@ class HeapLease(Request):
 @dataclass(slots=True)
 class HeapGiveBack(Request):
     """Take back blocks whose state words say that this session caches them; others in the list are passed over.
-    With `everything` every such block of the heap, listed or not. Answer: how many were taken back."""
+    `blocks` is flat: address, generation, ... With `sweep` every such block of the heap, listed or not. It is a number
+    that grows from one sweep of the session to the next: an older one does nothing any more, also one that is under
+    way. Answer: how many were taken back."""
 
     op: ClassVar[int] = 36
     name: ClassVar[str] = "heap.give_back"
     heap: HeapId
-    addresses: Annotated[list[int], Items(_U63, MAX_BATCH)]
-    everything: Flag = False
+    blocks: Annotated[list[int], Items(_U63, 2 * MAX_BATCH)]
+    sweep: Annotated[int, Range(0, 2**63 - 1)] = 0
 
 
 # -- looking at a heap ------------------------------------------------------------------------------------------------

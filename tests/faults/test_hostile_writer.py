@@ -108,7 +108,7 @@ class Victim:
                 HeapAlloc(heap, size),
                 HeapAllocMany(heap, [size] * 5),
                 HeapLease(heap, size, 5),
-                HeapGiveBack(heap, [], True),
+                HeapGiveBack(heap, [], 1),
                 HeapWalk(heap, 0, 500),
                 HeapValidate(heap),
                 HeapCompact(heap),
@@ -133,7 +133,7 @@ class Victim:
                 HeapFree(self.heap, address, generation),
                 HeapFreeMany(self.heap, [address, generation]),
                 HeapResize(self.heap, address, generation, self.random.randrange(10_000)),
-                HeapGiveBack(self.heap, [address]),
+                HeapGiveBack(self.heap, [address, generation]),
                 HeapValidate(self.heap, address),
                 NamePublish(self.heap, "name", address, generation),
             ]

@@ -16,6 +16,7 @@ from heapd.units import MIB
 from heapd.wire import Request
 from heapd.wire import messages as m
 from tests.kill.undead import Death, Fate, Scene, fate, scene
+from tests.manager.clients import names
 
 __all__ = ["fate"]
 
@@ -62,8 +63,8 @@ REQUESTS: dict[str, tuple[Ask, set[int]]] = {
         {0, 3, 5, 6},
     ),
     "lease": (of_heap(lambda it: m.HeapLease(it.heap.heap_id, 200, 20, [7000, 90_000])), set()),
-    "give back": (of_heap(lambda it: m.HeapGiveBack(it.heap.heap_id, [grant.address for grant in it.cached])), set()),
-    "give everything back": (of_heap(lambda it: m.HeapGiveBack(it.heap.heap_id, [], True)), set()),
+    "give back": (of_heap(lambda it: m.HeapGiveBack(it.heap.heap_id, names(it.cached))), set()),
+    "give everything back": (of_heap(lambda it: m.HeapGiveBack(it.heap.heap_id, [], 1)), set()),
     "create": (lambda it: (it.bob, m.HeapCreate("new", 70_000, 0, F_SERIALIZE)), set()),
     "create a fixed one": (lambda it: (it.bob, m.HeapCreate(None, 0, 4 * MIB, F_SERIALIZE)), set()),
     "default heap": (lambda it: (it.bob, m.HeapDefault()), set()),

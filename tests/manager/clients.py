@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from heapd.layout import F_FREE_ORPHANS, F_PERSISTENT, F_SERIALIZE
@@ -12,6 +12,11 @@ from heapd.wire import messages as m
 from tests.arenas import finish
 
 _pids = iter(range(1000, 10**9))
+
+
+def names(grants: Iterable[Grant]) -> list[int]:
+    """As requests name several blocks: address, generation, address, generation, ..."""
+    return [part for grant in grants for part in (grant.address, grant.generation)]
 
 
 class Task:

@@ -23,7 +23,7 @@ from heapd.records import ArenaStatistics, HeapInfo
 from heapd.units import KIB, MIB
 from heapd.wire import messages as m
 from tests.invariants import check_manager, fill, pattern, picture, read
-from tests.manager.clients import Client
+from tests.manager.clients import Client, names
 
 
 @pytest.fixture
@@ -200,12 +200,23 @@ def test_leases_are_given_back_one_by_one_or_all_at_once(client: Client, other: 
     other.open("blocks")
     mine = client.lease(heap, 64, 10) + client.lease(heap, 8192, 3) + client.lease(heap, 2 * MIB, 2)
     theirs = other.lease(heap, 64, 4)
-    addresses = [grant.address for grant in (*mine[:4], *theirs)]
-    assert client.ask(m.HeapGiveBack(heap.heap_id, addresses)) == 4
-    assert client.ask(m.HeapGiveBack(heap.heap_id, [], True)) == len(mine) - 4
+    assert client.ask(m.HeapGiveBack(heap.heap_id, names([*mine[:4], *theirs]))) == 4
+    assert client.ask(m.HeapGiveBack(heap.heap_id, [], 1)) == len(mine) - 4
     assert other.statistics(heap).cached_blocks == 4
-    assert other.ask(m.HeapGiveBack(heap.heap_id, [grant.address for grant in theirs])) == 4
+    assert other.ask(m.HeapGiveBack(heap.heap_id, names(theirs))) == 4
     check_manager(client.manager)
+
+
+def test_a_block_that_was_leased_again_is_not_given_back_by_its_former_name(client: Client, heap: HeapInfo) -> None:
+    """A request that nobody waited for any more may come so late. An incomplete pair is refused."""
+    [former] = client.lease(heap, 64, 1)
+    name = names([former])
+    assert client.ask(m.HeapGiveBack(heap.heap_id, name)) == 1
+    [again] = client.lease(heap, 64, 1)
+    assert again.address == former.address
+    assert client.ask(m.HeapGiveBack(heap.heap_id, name)) == 0
+    check_refused(client, InvalidArgumentError, lambda: client.ask(m.HeapGiveBack(heap.heap_id, name[:1])))
+    assert client.statistics(heap).cached_blocks == 1
 
 
 def test_validating_one_block_tells_of_it_alone(client: Client, heap: HeapInfo) -> None:

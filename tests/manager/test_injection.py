@@ -116,7 +116,7 @@ MODEST: dict[str, Callable[[Stage], object]] = {
     "heap.list": lambda it: it.client.heaps(),
     "heap.free": lambda it: it.client.free(*it.blocks[-1][:2]),
     "heap.free_many": lambda it: it.client.free_many(it.growing, [g for h, g, _ in it.blocks if h is it.growing]),
-    "heap.give_back": lambda it: it.client.ask(m.HeapGiveBack(it.growing.heap_id, [], True)),
+    "heap.give_back": lambda it: it.client.ask(m.HeapGiveBack(it.growing.heap_id, [], 1)),
     "heap.walk": lambda it: it.client.walk(it.growing),
     "heap.validate": lambda it: it.client.validate(it.growing),
     "heap.compact": lambda it: it.client.ask(m.HeapCompact(it.growing.heap_id)),

@@ -16,7 +16,7 @@ from heapd.records import Grant, HeapInfo, HeapStatistics
 from heapd.units import KIB, MIB
 from heapd.wire import messages as m
 from tests.invariants import check_manager, check_sums
-from tests.manager.clients import Client, Task
+from tests.manager.clients import Client, Task, names
 from tests.manager.conftest import NewClient
 
 LARGE = 60 * MIB  # four slices
@@ -280,7 +280,7 @@ def test_long_looks_go_on_while_others_alloc_free_and_lease(
             client.free(heap, live.pop(random_.randrange(len(live))))
             live.append(other.alloc(heap, random_.choice([16, 700, 5000, 8192, 100_000, 2 * MIB])))
         [leased] = other.lease(heap, 64, 1)
-        other.ask(m.HeapGiveBack(heap.heap_id, [leased.address]))
+        other.ask(m.HeapGiveBack(heap.heap_id, names([leased])))
 
     answer = client.ask(request_of(heap.heap_id), between=work)
     if request_of is m.HeapValidate:
@@ -330,7 +330,7 @@ def test_giving_everything_back_goes_on_while_others_work(client: Client, other:
         pauses += 1
         other.free(heap, other.alloc(heap, 40))
 
-    assert client.ask(m.HeapGiveBack(heap.heap_id, [], True), between=work) == 3 * 4096
+    assert client.ask(m.HeapGiveBack(heap.heap_id, [], 1), between=work) == 3 * 4096
     assert pauses >= 2
     found = client.statistics(heap)
     assert (found.cached_blocks, found.busy_blocks) == (len(theirs), 1)
@@ -355,10 +355,24 @@ def test_giving_everything_back_of_a_heap_that_is_destroyed_meanwhile_ends(clien
     other.open("shared")
     for _ in range(16):
         client.lease(heap, 40, 512)
-    task = client.begin(m.HeapGiveBack(heap.heap_id, [], True))
+    task = client.begin(m.HeapGiveBack(heap.heap_id, [], 1))
     assert not task.is_done
     other.destroy(heap)
     assert 0 < task.result() < 2 * 4096
+    check_manager(client.manager)
+
+
+def test_a_newer_sweep_ends_an_older_one(client: Client) -> None:
+    """Who waits for the newer one alone may cache blocks as soon as that is done."""
+    heap = client.create("shared")
+    for _ in range(16):
+        client.lease(heap, 40, 512)
+    older, newer = client.begin(m.HeapGiveBack(heap.heap_id, [], 1)), client.begin(m.HeapGiveBack(heap.heap_id, [], 2))
+    assert newer.result() > 0
+    kept = client.lease(heap, 40, 512)
+    assert older.result() < 16 * 512
+    assert client.ask(m.HeapGiveBack(heap.heap_id, [], 1)) == 0
+    assert client.statistics(heap).cached_blocks == len(kept)
     check_manager(client.manager)
 
 
@@ -384,7 +398,7 @@ def test_any_mix_of_jobs_in_any_order_leaves_a_sound_manager(
                     m.HeapCompact(heap),
                     m.HeapValidate(heap),
                     m.HeapStatisticsGet(heap),
-                    m.HeapGiveBack(heap, [], True),
+                    m.HeapGiveBack(heap, [], 1),
                     m.HeapLease(heap, 5000, 20),
                     m.HeapDestroy(heap) if random_.random() < 0.3 else m.HeapAlloc(heap, 18 * MIB),
                     m.SessionClose() if random_.random() < 0.3 else m.HeapWalk(heap),

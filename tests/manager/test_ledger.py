@@ -22,7 +22,7 @@ from heapd.units import MIB, format_size
 from heapd.wire import messages as m
 from tests.arenas import finish
 from tests.invariants import check_manager, fill, pattern, read
-from tests.manager.clients import Client
+from tests.manager.clients import Client, names
 from tests.manager.ledgers import Mortal, mortal, portrait
 
 
@@ -48,7 +48,7 @@ def again(it: Mortal, client: Client) -> Client:
 
 
 def give_back(client: Client, heap: HeapInfo, grants: list[Grant]) -> None:
-    assert client.ask(m.HeapGiveBack(heap.heap_id, [grant.address for grant in grants])) == len(grants)
+    assert client.ask(m.HeapGiveBack(heap.heap_id, names(grants))) == len(grants)
 
 
 def ledger_of(manager: HeapManager) -> Ledger:

@@ -244,7 +244,7 @@ LOOKING = [lambda heap: m.HeapWalk(heap), lambda heap: m.HeapValidate(heap), lam
         lambda heap: m.HeapAlloc(heap, 10),
         lambda heap: m.HeapAllocMany(heap, [10]),
         lambda heap: m.HeapLease(heap, 10, 1),
-        lambda heap: m.HeapGiveBack(heap, [], True),
+        lambda heap: m.HeapGiveBack(heap, [], 1),
         lambda heap: m.HeapResize(heap, 4096, 1, 10),
         lambda heap: m.HeapFree(heap, 4096, 1),
         lambda heap: m.HeapFreeMany(heap, [4096, 1]),

@@ -227,7 +227,7 @@ def test_everything_can_be_given_back_without_any_memory(client: Client, other: 
     commits.fail(1, persistent=True)
     client.free(heap, large)
     client.free_many(heap, blocks[::2])
-    client.ask(m.HeapGiveBack(heap.heap_id, [], True))
+    client.ask(m.HeapGiveBack(heap.heap_id, [], 1))
     client.ask(m.HeapCompact(heap.heap_id))
     client.destroy(mine)
     client.close(more)

@@ -93,7 +93,7 @@ def test_what_is_freed_may_be_had_again(client: Client) -> None:
         client.free(heap, blocks[0])
         client.free_many(heap, blocks[1:])
         client.lease(heap, QUOTA // 8, 8)
-        client.ask(m.HeapGiveBack(heap.heap_id, [], True))
+        client.ask(m.HeapGiveBack(heap.heap_id, [], 1))
         doomed = client.create()
         client.alloc(doomed, QUOTA)
         client.destroy(doomed)
@@ -165,7 +165,7 @@ def test_blocks_that_wandered_count_for_whom_they_are_with(
     if allocated:
         other.free_many(heap, [block for block in blocks if size])
     else:
-        other.ask(m.HeapGiveBack(heap.heap_id, [], True))
+        other.ask(m.HeapGiveBack(heap.heap_id, [], 1))
     assert held(other) == 0
     other.alloc(heap, QUOTA)
 

@@ -163,7 +163,7 @@ def block_requests(heap: HeapInfo, block: Grant) -> list[m.Request]:
         m.NamePublish(heap.heap_id, "name", *at),
         m.NameLookup(heap.heap_id, "name"),
         m.NameList(heap.heap_id),
-        m.HeapGiveBack(heap.heap_id, [block.address]),
+        m.HeapGiveBack(heap.heap_id, [*at]),
         m.HeapFree(heap.heap_id, *at),
         m.HeapFreeMany(heap.heap_id, [*at]),
     ]
@@ -184,7 +184,7 @@ def heap_requests(heap: HeapInfo) -> list[m.Request]:
         m.SessionList(),
         m.HeapAllocMany(heap.heap_id, [16, 64, 700, 5000, 8192, 70_000, 2 * MIB]),
         m.HeapLease(heap.heap_id, 64, 20),
-        m.HeapGiveBack(heap.heap_id, [], True),
+        m.HeapGiveBack(heap.heap_id, [], 1),
         m.HeapCreate(None, 0, 0, 1),
         m.HeapDefault(),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
@@ -74,6 +75,7 @@ class ServiceMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1_000_000_000
+        self.sweeps = count(1)
         self.names = f"heapd-{unique_name()}"
         arena = Arena.create(self.names, reserve=RESERVE, commit_limit=COMMIT_LIMIT)
         self.serve(HeapManager.create(arena, f"{self.names}-ledger", clock=self.clock))
@@ -453,9 +455,12 @@ class ServiceMachine(RuleBasedStateMachine):
         session, heap = self.pair(pick)
         mine = [a for a, block in heap.blocks.items() if block.size is None and block.owner == session.number]
         named = [*mine[: len(mine) // 2 + 1], *junk, *list(heap.blocks)[:1]]
+        generations = {address: block.generation for address, block in heap.blocks.items()}
         taken = mine if everything else mine[: len(mine) // 2 + 1]
         taken = taken if everything else sorted(set(taken) | (set(mine) & set(named)))
-        answer = self.ask(session, m.HeapGiveBack(heap.info.heap_id, [] if everything else named, everything))
+        flat = [part for address in named for part in (address, generations.get(address, 1))]
+        sweep = next(self.sweeps) if everything else 0
+        answer = self.ask(session, m.HeapGiveBack(heap.info.heap_id, [] if everything else flat, sweep))
         assert answer == len(taken)
         for address in taken:
             del heap.blocks[address]
