@@ -459,7 +459,7 @@ class FrontEnd:
             bin_.stack.clear()
         return blocks
 
-    def end(self) -> list[int]:
+    def end(self) -> list[tuple[int, int]]:
         """As `empty`, for good: the views of blocks that are allocated take the slow path, too."""
         for bin_ in self:
             bin_.block_type.stop_views()  # type: ignore[attr-defined]
