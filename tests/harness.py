@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import select
 import signal
 import subprocess
 import sys
@@ -218,12 +219,14 @@ class Daemon:
         if self.is_running:
             self.process.send_signal(signal.SIGSTOP)  # so that it starts no other server
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
-            servers = children_of(self.process.pid)
-            for pid in servers:
-                os.kill(pid, signal.SIGKILL)
+            servers = [os.pidfd_open(pid) for pid in children_of(self.process.pid)]
+            for server in servers:
+                signal.pidfd_send_signal(server, signal.SIGKILL)
             self.process.kill()
             self.process.wait()
-            wait_until(lambda: not any(is_alive(pid) for pid in servers), what="the killed server's end")
+            for server in servers:  # tells the end of its last thread: a zombie may have others that still hold files
+                assert select.select([server], [], [], 10)[0], "the killed server does not end"
+                os.close(server)
 
     def kill_server(self) -> int:
         """SIGKILL to the server alone, which the supervisor starts again. Returns: its process id."""

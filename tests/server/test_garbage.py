@@ -35,12 +35,6 @@ def found(daemon: Daemon) -> list[Leftover]:
     return find_leftovers([daemon.name], [str(daemon.directory)])
 
 
-def kill(daemon: Daemon) -> None:
-    """Kill it; returns when the last thread of it has ended, and not only the first."""
-    daemon.kill()
-    wait_until(lambda: not DaemonLock.is_held(Endpoint.parse(daemon.endpoint)))
-
-
 def kinds(daemon: Daemon) -> dict[str, Leftover]:
     return {leftover.kind: leftover for leftover in found(daemon)}
 
@@ -49,7 +43,7 @@ def kinds(daemon: Daemon) -> dict[str, Leftover]:
 def killed(start_daemon: StartDaemon) -> Daemon:
     """A daemon that was killed together with its supervisor, and had no client."""
     daemon = start_daemon()
-    kill(daemon)
+    daemon.kill()
     return daemon
 
 
@@ -130,7 +124,7 @@ def test_an_arena_that_a_client_has_mapped_is_kept(start_daemon: StartDaemon) ->
     session = hc.connect(daemon.endpoint, autostart=False)
     block = session.create_heap().alloc(64)
     block.view[:5] = b"hello"
-    kill(daemon)
+    daemon.kill()
     arena = kinds(daemon)["arena"]
     assert arena.pids == (os.getpid(),)
     assert arena.wanted == f"process {os.getpid()} has it mapped"
@@ -151,7 +145,7 @@ def test_persistent_heaps_are_kept_for_the_next_start(start_daemon: StartDaemon)
             session.create_heap(name, F_SERIALIZE | F_PERSISTENT)
         session.create_heap("c", F_SERIALIZE)
         session.ask(SessionClose())
-    kill(daemon)
+    daemon.kill()
     arena = kinds(daemon)["arena"]
     assert arena.wanted == "the next start of the daemon brings its persistent heaps back (2)"
     assert arena.files == (arena.path, f"{arena.path}-ledger")
@@ -163,7 +157,7 @@ def test_persistent_heaps_are_kept_for_the_next_start(start_daemon: StartDaemon)
             session.ask(SessionClose())
         assert second.status()["restarts"] == 1
     finally:
-        kill(second)
+        second.kill()
     assert remove_leftover(kinds(daemon)["arena"], force=True)
     assert daemon.segments() == []
 
@@ -182,7 +176,7 @@ def test_what_clients_scribbled_is_not_believed(start_daemon: StartDaemon) -> No
     with RawSession(daemon.endpoint) as session:
         session.create_heap("a", F_SERIALIZE | F_PERSISTENT)
         session.ask(SessionClose())
-    kill(daemon)
+    daemon.kill()
     before = kinds(daemon)["arena"]
     assert "heaps back (1)" in before.wanted
     with Path(before.path).open("r+b") as file:
