@@ -34,7 +34,7 @@ from typing import Any, Final
 
 from heapd.errors import LockNotHeldError, LockTimeoutError, SegmentError
 
-__all__ = ["MUTEX_SIZE", "Holder", "Mutex", "fault", "held", "init", "make_ready"]
+__all__ = ["MUTEX_SIZE", "Holder", "Lease", "Mutex", "fault", "held", "init", "make_ready"]
 
 MUTEX_SIZE: Final = 64  # bytes set aside, one cache line; glibc uses 40 (x86-64) or 48 (aarch64)
 
@@ -86,6 +86,8 @@ _CONSISTENT: Final = _bind(ctypes.PyDLL, "pthread_mutex_consistent")
 _EXIT: Final = _bind(
     ctypes.PyDLL, "pthread_mutex_unlock", result=None, arguments=[c_void_p, py_object, py_object, py_object]
 )
+# As the deleter of a property: takes (and ignores) the object.
+_DELETE: Final = _bind(ctypes.PyDLL, "pthread_mutex_unlock", result=None, arguments=[c_void_p, py_object])
 
 
 def init(pointer: int) -> None:
@@ -196,7 +198,7 @@ class Mutex:
     mutex from a dead holder, with the mutex held: where its holder counts such things. None: nobody counts.
     """
 
-    __slots__ = ("_held_type", "_on_wait", "_reference", "_words", "trylock", "unlock")
+    __slots__ = ("_held_type", "_lease_type", "_on_wait", "_reference", "_words", "trylock", "unlock")
 
     trylock: Callable[[], int]
     unlock: Callable[[], int]
@@ -207,6 +209,7 @@ class Mutex:
         self._words = _Words(pointer)
         self._on_wait = on_wait
         self._held_type: type[_Held] | None = None
+        self._lease_type: type[Lease] | None = None
         self.trylock = partial(_TRYLOCK, self._reference)
         self.unlock = partial(_UNLOCK, self._reference)
 
@@ -254,6 +257,14 @@ class Mutex:
                 f"the calling thread does not hold the lock; {holder or 'nobody'} does",
                 **_naming(holder),
             )
+
+    def lease(self) -> Lease:
+        """An object that can give the mutex up where nothing may be called."""
+        kind = self._lease_type
+        if kind is None:
+            unlock = property(None, None, partial(_DELETE, self._reference))
+            kind = self._lease_type = type("_Lease", (Lease,), {"__slots__": (), "held": unlock})
+        return kind()
 
     def depth(self) -> int:
         """How often the calling thread holds the mutex; 0 if it does not."""
@@ -312,6 +323,17 @@ class Mutex:
             f"the lock was not free within {max(timeout_s, 0.0):g} s; it is held by {holder or 'nobody any more'}",
             **_naming(holder),
         )
+
+
+class Lease:
+    """What `Mutex.lease` returns: `del lease.held` gives the mutex up once.
+
+    To the interpreter that is no call, after which it would look for signals: what a handler raises comes before it, or
+    after the next call.
+    """
+
+    __slots__ = ()
+    held: object  # the subclass has it
 
 
 class _Held:

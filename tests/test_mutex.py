@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dis
 import errno
 import mmap
 import os
@@ -156,6 +157,23 @@ def test_unwind_goes_back_to_the_mark(shared: Shared) -> None:
     for mark, depth in ((once, 1), (once, 1), (free, 0), (free, 0), (0, 0)):
         shared.mutex.unwind(mark)
         assert shared.mutex.depth() == depth
+
+
+def test_a_lease_gives_it_up_without_a_call(shared: Shared) -> None:
+    """`del lease.held` is pthread_mutex_unlock, once each; in the interpreter's bytecode no call, and so no signal."""
+    mutex = shared.mutex
+    lease = mutex.lease()
+    mutex.acquire()
+    mutex.acquire()
+    del lease.held
+    assert mutex.depth() == 1
+
+    def give_up() -> None:
+        del lease.held
+
+    give_up()
+    assert mutex.depth() == 0
+    assert not [each for each in dis.get_instructions(give_up) if "CALL" in each.opname]
 
 
 def test_held_releases_after_an_error(shared: Shared) -> None:

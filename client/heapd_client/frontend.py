@@ -18,7 +18,7 @@ from contextlib import suppress
 from operator import attrgetter
 from sys import getrefcount
 from threading import active_count
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from heapd.errors import BlockTooLargeError, DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
 from heapd.layout import BUSY, H_COMMITTED, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
@@ -33,7 +33,7 @@ from .stream import Stream
 if TYPE_CHECKING:
     from .heap import Heap
 
-__all__ = ["FrontEnd"]
+__all__ = ["Freeing", "FrontEnd"]
 
 # All arbitrary, chosen by scripts/bench alloc, frames and trace: more caches cost memory, less cost round trips.
 _FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before;
@@ -133,6 +133,21 @@ class Bin:
     def set(self, limit: int) -> None:
         self.limit = limit
         self.set_limit(limit)
+
+
+class Freeing(NamedTuple):
+    """A free that is two stores away: of `freed` in the block's slot, then `shelf += (entry,)`. CPython looks for
+    signals, and changes threads, after calls, and these are none; so whoever does them has done all or nothing.
+
+    Fields: front, word (what the heap's front end, and the slot, must be until then), freed, shelf (a bin's stack, or
+    the session's strays), entry (what that takes).
+    """
+
+    front: FrontEnd | None
+    word: int
+    freed: int
+    shelf: Any
+    entry: Any
 
 
 class FrontEnd:
@@ -404,6 +419,16 @@ class FrontEnd:
         bin_.stack.append(cached)
         if bin_.extent > _LARGE_CACHE:
             self._give_back([bin_.stack.pop()])
+
+    def prepare_free(self, block: Block, word: int) -> Freeing:
+        """All of `take_back` but what needs no call."""
+        bin_ = self._bin_of(self._heap.extent_of(block, word))
+        cached = self._make(bin_, block.slot, block.address, bin_.form.next_generation(bin_.form.generation(word)))
+        if len(bin_.stack) >= bin_.limit:
+            self._make_room(bin_)
+        if bin_.form.session(word) != self.session:
+            self.held += bin_.extent
+        return Freeing(self, word, cached._base, bin_.stack, cached)
 
     def _make_room(self, bin_: Bin) -> None:
         """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""

@@ -7,7 +7,7 @@ does a state word say) is read there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import count as count_from
 from math import inf
@@ -18,7 +18,6 @@ from typing import Any, Final
 from heapd.errors import (
     CannotResizeInPlaceError,
     ClosedError,
-    DaemonError,
     DoubleFreeError,
     HeapdError,
     HeapFullError,
@@ -38,7 +37,7 @@ from heapd.wire import messages as ask
 
 from .arguments import as_count, as_size, as_timeout
 from .block import Block, Visitor
-from .frontend import FrontEnd
+from .frontend import Freeing, FrontEnd
 from .heapcore import HeapCore, deferred, working
 from .registry import is_exiting
 
@@ -400,8 +399,15 @@ class Heap(HeapCore):
         block.become(block.slot, block.address, self.extent_of(block, word), -word)
         _keep_from_reopening(block)
 
+    def can_grow_here(self, block: Block, size: int) -> bool:
+        """Whether a block may have `size` bytes where it is: a run, for all we know, or one of a slab in its extent."""
+        return block.slot < self.slabs or size <= block.extent
+
     def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
         """Have the daemon resize the block, or move it."""
+        if not in_place_only and not self.can_grow_here(block, size):
+            self._move(block, old_size, size)
+            return
         try:
             request = ask.HeapResize(self.id, block.address, block.generation, size, in_place_only)
             grant = self.session.call_for_memory(request, self.id)
@@ -421,26 +427,96 @@ class Heap(HeapCore):
 
     def _move(self, block: Block, old_size: int, size: int) -> None:
         """Make `block` a larger or smaller one elsewhere, with the same first bytes."""
+        new, freeing = self._prepare_move(block, old_size, size)
+        # Nothing is called here: no signal handler gets in between.
+        self._words[block.slot] = freeing.freed
+        shelf = freeing.shelf
+        shelf += (freeing.entry,)
+        block.slot, block.address, block.extent, block._word = new.slot, new.address, new.extent, -new._word
+        block._base, block._tail = 0, None
+        self.note_handle(block, block.word)
+
+    def replace(self, block: Block, size: int, fill: Callable[[int], None], *, serialize: bool = True) -> Block:
+        """Another block of `size` bytes with the same first bytes for this one, which is freed.
+
+        All or nothing, whatever a signal handler raises: nothing is called between the last thing that can fail and the
+        return, so that who calls this and keeps what it returns can rely on the exception, too: then `block` is as it
+        was.
+        Args:   fill (is called with the new block's address, before anybody can know of it), serialize (False: without
+                the mutex, as in `unserialized`).
+        Raises: as alloc; BlockInUseError, StaleHandleError, ClosedError.
+        """
+        try:
+            return self._replace(block, size, fill, serialize)
+        except HeapFullError as shortage:
+            return self.session.retry(shortage, lambda: self._replace(block, size, fill, serialize))
+
+    def _replace(self, block: Block, size: int, fill: Callable[[int], None], serialize: bool) -> Block:
+        self.check()
+        self._check_own(block)
+        block.release_views()
+        mutex, is_held = self._mutex, serialize and self._takes_mutex
+        lease, mark = mutex.lease(), mutex.mark()
+        try:
+            if is_held:
+                mutex.acquire(self.session.timeout)
+                self._count()
+            old_size = self.mapping.shape.word_format(block.slot).size(self.word_of(block))
+            new, freeing = self._prepare_move(block, old_size, size, fill)
+        except BaseException:
+            if is_held:
+                mutex.unwind(mark)
+            raise
+        # Nothing is called from here on, not even to give up the mutex.
+        self._words[block.slot] = freeing.freed
+        shelf = freeing.shelf
+        shelf += (freeing.entry,)
+        block._word = 0
+        if is_held:
+            del lease.held
+        return new
+
+    def _prepare_move(
+        self, block: Block, old_size: int, size: int, fill: Callable[[int], None] | None = None
+    ) -> tuple[Block, Freeing]:
+        """All of a move that can fail: another block with the same first bytes, and what is left to do to free this
+        one, at once. Raises: as alloc; nothing has changed then."""
         new = None
         try:
             new = self._alloc(size, False)
-            old, word = Block(self, block.slot, block.address, block.extent, -block.word), new.word
             self.mapping.copy(new.address, block.address, min(old_size, size))
+            if fill is not None:
+                fill(new.address)
+            while True:
+                freeing = self._prepare_free(block)
+                # Another thread may have had the caches given back since, or the heap may have gone.
+                if (
+                    self._words[self.live_slot] == self._live_word
+                    and self._words[block.slot] == freeing.word
+                    and freeing.front is self._front
+                ):
+                    return new, freeing
         except BaseException:
             if new is not None:
                 self._regret(new)
+                if block.has_handle:
+                    self.note_handle(block, block.word)  # again
             raise
-        # Nothing is called here: no signal handler gets between the two.
-        block.slot, block.address, block.extent, block._word = new.slot, new.address, new.extent, -word
-        block._base, block._tail = 0, None
-        try:
-            self.note_handle(block, word)
-            self._free(old)
-        except BaseException as error:
-            # Is the old one free? Ask again later.
-            self._regret(old)
-            if not isinstance(error, DaemonError):
-                raise
+
+    def _prepare_free(self, block: Block) -> Freeing:
+        """All of a free but what needs no call."""
+        with self._enter():
+            word, front = self.word_of(block), self._front_end()
+            self.away.forget(block.slot)
+            if not self._is_ours_to_cache(word, block):
+                return Freeing(front, word, word, self.session.strays, (self.id, block.address, block.generation))
+            if front is None or (self.releases_large and block.extent >= MIB) or get_ident() in working:
+                self.note_growth(-block.extent)
+                form = self.mapping.shape.word_format(block.slot)
+                generation = form.next_generation(form.generation(word))
+                freed = form.cached(self.session.number, generation)
+                return Freeing(front, word, freed, self.session.strays, (self.id, block.address, -generation))
+            return front.prepare_free(block, word)
 
     def guest(self, slot: int, address: int, extent: int, word: int) -> Block:
         """For the session: the object for another session's run that was opened by its handle.

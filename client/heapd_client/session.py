@@ -120,7 +120,7 @@ class Session:
         self._left_locked: list[Heap] = []  # closed or destroyed with their locks held
         self._asked = 0  # other sessions, to give back what they cache, when memory was short last
         # (heap, address, generation) of blocks that were granted and nobody wants; leased ones: less than 0
-        self._strays: deque[tuple[int, int, int]] = deque()
+        self.strays: deque[tuple[int, int, int]] = deque()
         self._sweeps = count(1)
         self._lock = threading.RLock()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -137,7 +137,7 @@ class Session:
         register(self)
 
     def _open_connection(self, greeting: Greeting, context: zmq.Context[zmq.Socket[bytes]]) -> Connection:
-        arena, strays = self.arena, self._strays
+        arena, strays = self.arena, self.strays
 
         def take_late(request: Request, result: Any) -> None:
             if isinstance(request, ask.HeapAlloc):
@@ -170,7 +170,7 @@ class Session:
         connection = self._connection
         if connection is None:
             connection = self._reconnect()
-        if self._strays:
+        if self.strays:
             self.give_back()
         try:
             return connection.call(request, wait_s, until)
@@ -213,7 +213,7 @@ class Session:
 
     def give_back_later(self, heap_id: int, address: int, generation: int) -> None:
         """Have a block that nobody will ever get freed before the next call. Asks nobody now."""
-        self._strays.append((heap_id, address, generation))
+        self.strays.append((heap_id, address, generation))
 
     def sweep(self, heap_id: int) -> None:
         """Give back all that this session caches of a heap. Raises: DaemonError; then the daemon may be about to."""
@@ -222,9 +222,9 @@ class Session:
     def give_back(self) -> None:
         """Free what `give_back_later` was told of, as far as the daemon can be reached."""
         connection = self._ready()
-        while self._strays:
+        while self.strays:
             try:
-                stray = self._strays[0]
+                stray = self.strays[0]
                 heap_id, address, generation = stray
                 if generation < 0:
                     connection.call(ask.HeapGiveBack(heap_id, [address, -generation]))
@@ -237,7 +237,7 @@ class Session:
             except (IndexError, ValueError):
                 continue  # another thread was faster
             with suppress(ValueError):
-                self._strays.remove(stray)  # after: an interrupted call is made again
+                self.strays.remove(stray)  # after: an interrupted call is made again
 
     def reclaim(self, shortage: HeapFullError, heap_id: int) -> None:
         """Memory is short: give back what this session caches, and ask all others to do so at their next operation, if
@@ -291,7 +291,7 @@ class Session:
             self._connection.drop()
         self._connection = None
         self._default = None
-        self._strays.clear()
+        self.strays.clear()
         self._guests.clear()
         self._lock = threading.RLock()
         for heap in self._heaps.values():

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import pytest
 
 from heapd_client import win32
 from tests.client.programs import in_child
+from tests.harness import wait_until
 from tests.win32.tools import BEYOND, SENTINEL, Elsewhere, busy, expect, new_heap, walk
 
 FUNCTIONS = [
@@ -231,24 +233,29 @@ def test_detaching_under_other_threads_breaks_nothing(attached: str, monkeypatch
     """Calls fail or attach anew; none hangs, none raises anything but DaemonError."""
     monkeypatch.setenv("HEAPD_ENDPOINT", attached)
     is_over = threading.Event()
+    rounds = [0, 0]
 
-    def work() -> int:
-        calls = 0
+    def work(number: int) -> None:
         while not is_over.is_set():
             heap = win32.HeapCreate(0, 0, 0)
             block = win32.HeapAlloc(heap, 0, 100)
             win32.HeapWalk(heap, win32.PROCESS_HEAP_ENTRY())
             win32.HeapFree(heap, 0, block)
             win32.HeapDestroy(heap)
-            calls += 1
-        return calls
+            rounds[number] += 1
 
-    threads = [Elsewhere(work) for _ in range(2)]
-    for _ in range(15):
-        time.sleep(0.02)
+    threads = [Elsewhere(work, number) for number in range(2)]
+
+    def have_done(count: int) -> bool:
+        return min(rounds) >= count or not all(thread.is_alive() for thread in threads)
+
+    for turn in range(15):
+        wait_until(partial(have_done, turn // 3))
+        time.sleep(0.01)  # so that it strikes in the middle of a round
         win32.detach()
     is_over.set()
-    assert all(thread.get() > 3 for thread in threads)
+    for thread in threads:
+        thread.get()
 
 
 def test_an_interrupted_lock_is_not_held(attached: str) -> None:

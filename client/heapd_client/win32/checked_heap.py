@@ -22,6 +22,7 @@ from heapd.layout import F_FREE_CHECK, F_TAIL_CHECK, TAIL
 from heapd.records import Entry, EntryKind
 from heapd.units import MIB, align_down, align_up
 
+from ..block import Block
 from ..heap import Heap
 from .constants import HEAP_NO_SERIALIZE, SIZE_T_MAX
 from .open_heap import OpenHeap
@@ -70,16 +71,25 @@ class CheckedHeap(OpenHeap):
         return address
 
     def realloc(self, flags: int, address: int, size: int, *, zero: bool, in_place: bool) -> int:
+        return super().realloc(flags, address, min(size + self._tail, SIZE_T_MAX), zero=zero, in_place=in_place)
+
+    def _resize(self, flags: int, block: Block, size: int, zero: bool) -> None:
+        old_size = block.size
         with self._whole(flags):
-            old_size = self.size_of(address)
-            new_size = min(size + self._tail, SIZE_T_MAX)
-            address = super().realloc(flags, address, new_size, zero=False, in_place=in_place)
-            if zero and size > old_size:
-                self.heap.mapping.zero(address + old_size, size - old_size)
-            elif self._fills and size > old_size:
-                self._fill(address + align_up(old_size, 4), address + align_down(size, 4), _NEW)
-            self._write_tail(address + size)
-        return address
+            try:
+                super()._resize(flags, block, size, False)
+                self._fill_grown(block.address, old_size, size, zero)
+            except BaseException:  # has it the new size, or the old one?
+                self._write_tail(block.address + self.find(block.address).size - self._tail)
+                raise
+
+    def _fill_grown(self, address: int, old_size: int, size: int, zero: bool) -> None:
+        old_size, size = old_size - self._tail, size - self._tail
+        if zero:
+            self.heap.mapping.zero(address + old_size, max(size - old_size, 0))
+        elif self._fills:
+            self._fill(address + align_up(old_size, 4), address + align_down(size, 4), _NEW)
+        self._write_tail(address + size)
 
     def free(self, flags: int, address: int) -> None:
         with self._whole(flags):

@@ -221,20 +221,27 @@ def _free_slowly(hHeap: Any, dwFlags: Any, lpMem: Any) -> bool:
     return True
 
 
-@fails_with(0)
 def HeapReAlloc(hHeap: int | None, dwFlags: int, lpMem: int | None, dwBytes: int) -> int:
     """Resize a block; a smaller one stays where it is. Returns: its address; 0 for failure, the block is as it was.
 
+    An exception of a signal handler, such as Ctrl-C's, leaves it where it was, too.
     Args:   dwFlags (HEAP_GENERATE_EXCEPTIONS, HEAP_NO_SERIALIZE, HEAP_REALLOC_IN_PLACE_ONLY, HEAP_ZERO_MEMORY: bytes
             beyond the old size read as zero), lpMem (NULL: 0, and the last error is 0), dwBytes (0 frees nothing).
     Raises: StructuredException, as HeapAlloc.
     """
+    try:
+        return _realloc(hHeap, dwFlags, lpMem, dwBytes)  # nothing else is called once the block has moved
+    except Failure as failure:
+        return failure.set(0)
+
+
+def _realloc(hHeap: Any, dwFlags: Any, lpMem: Any, dwBytes: Any) -> int:
     handle, flags, where, size = address(hHeap), dword(dwFlags), address(lpMem), size_t(dwBytes)
     if not where:
         raise Failure(NO_ERROR, "NULL is no block")
     raises = bool(flags & _EXCEPTIONS)
     try:
-        found = heap_of(handle)
+        found = patiently(heap_of, handle)
         raises = raises or found.raises
         return found.realloc(flags, where, size, zero=bool(flags & _ZERO), in_place=bool(flags & _IN_PLACE))
     except Failure as failure:

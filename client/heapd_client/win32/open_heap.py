@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import get_ident
 from typing import ParamSpec, TypeVar
 
-from heapd.errors import HeapdError, LockTimeoutError, NotABlockError
+from heapd.errors import CannotResizeInPlaceError, HeapdError, LockTimeoutError, NotABlockError
 from heapd.layout import F_GENERATE_EXCEPTIONS, F_SERIALIZE, HEAP_INDEX_BITS, PAGE_COMMITTED
 
 from ..block import Block
@@ -105,16 +105,64 @@ class OpenHeap:
         return block.address
 
     def realloc(self, flags: int, address: int, size: int, *, zero: bool, in_place: bool) -> int:
-        """Resize a block; its address then. A smaller one stays where it is. Raises: Failure; it is as it was."""
+        """Resize a block; its address then. A smaller one stays where it is.
+
+        Raises: Failure; the block is as it was. Also where a signal handler raises it is where it was, and whole; it
+        may have the new size then.
+        """
         block = self.find(address)
         in_place = in_place or size <= block.size
-        self.blocks.pop(address, None)
-        try:
-            self.call(flags, self.heap.realloc, block, size, zero=zero, in_place_only=in_place)
-        finally:
-            if not block.is_free:
-                self.blocks[block.address] = block
-        return block.address
+        if in_place or self.heap.can_grow_here(block, size):
+            try:
+                self._resize(flags, block, size, zero)
+                return address
+            except CannotResizeInPlaceError as error:
+                if in_place:
+                    raise failure_of(error) from None
+        return self._move(flags, address, block, size, zero)
+
+    def _resize(self, flags: int, block: Block, size: int, zero: bool) -> None:
+        """Raises: CannotResizeInPlaceError, Failure."""
+        with self.locked(flags):
+            while True:
+                try:
+                    self.heap.realloc(block, size, zero=zero, in_place_only=True)
+                    return
+                except LockTimeoutError:
+                    continue
+                except CannotResizeInPlaceError:
+                    raise
+                except HeapdError as error:
+                    raise failure_of(error) from None
+
+    def _move(self, flags: int, address: int, block: Block, size: int, zero: bool) -> int:
+        """Raises: Failure."""
+        old_size, blocks = block.size, self.blocks
+
+        def fill(where: int) -> None:
+            self._fill_grown(where, old_size, size, zero)
+
+        blocks.pop(address, None)
+        while True:
+            try:
+                new = self.heap.replace(block, size, fill, serialize=not flags & _NO_SERIALIZE)
+                break
+            except LockTimeoutError:
+                continue
+            except BaseException as error:
+                blocks[address] = block
+                if isinstance(error, HeapdError):
+                    raise failure_of(error) from None
+                raise
+        # Nothing is called from here to the return to the caller of HeapReAlloc.
+        address = new.address
+        blocks[address] = new
+        return address
+
+    def _fill_grown(self, address: int, old_size: int, size: int, zero: bool) -> None:
+        """Write what a block that grew has beyond its old bytes. Args: sizes in bytes, as of the heap underneath."""
+        if zero:
+            self.heap.mapping.zero(address + old_size, size - old_size)
 
     def free(self, flags: int, address: int) -> None:
         """Raises: Failure; nothing has changed."""
