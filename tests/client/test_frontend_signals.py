@@ -10,6 +10,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -343,9 +344,9 @@ def test_what_an_interrupted_call_was_granted_is_asked_for_again(session: hc.Ses
         assert connection is not None
         call = connection.call
 
-        def call_and_lose(request: object, wait_s: float = 0.0) -> object:
+        def call_and_lose(*arguments: Any) -> object:
             connection.call = call  # type: ignore[method-assign]
-            call(request, wait_s)  # type: ignore[arg-type]
+            call(*arguments)
             raise KeyboardInterrupt
 
         for use in (lambda: heap.alloc(64), lambda: heap.alloc_many(64, 10)):
