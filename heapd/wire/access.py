@@ -48,22 +48,34 @@ class Access(NamedTuple):
 
 
 def make_directory(path: str, gid: int | None = None) -> Access:
-    """Make a directory for this user, its parents too, unless it is there; open it to a group; then check it.
+    """Make a directory for this user, unless it is there; open it to a group; then check it.
 
-    Raises: SegmentError as check_directory does; if it belongs to somebody else or is open to another group; or with
-            the system's reason if it cannot be made.
+    Raises: SegmentError as check_directory does; if it belongs to somebody else or is open to another group; if the
+            directory that it would lie in is missing; or with the system's reason if it cannot be made.
     """
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         os.mkdir(path, 0o700)
     except FileExistsError:
         pass
+    except FileNotFoundError:
+        raise SegmentError(
+            f"the runtime directory {path} cannot be made: {_first_missing(path)} does not exist; make that one, or "
+            f"choose another runtime directory"
+        ) from None
     except OSError as error:
         raise SegmentError(f"the runtime directory {path} cannot be made: {error.strerror}") from error
     found = check_directory(path)
     if found.uid != os.getuid():
         raise _of_another_user(path, found.uid)
     return found if gid is None else _open_directory(path, found, gid)
+
+
+def _first_missing(path: str) -> str:
+    """The first directory on the way to `path` that is not there."""
+    missing = path
+    while not os.path.isdir(parent := os.path.dirname(missing)):
+        missing = parent
+    return missing
 
 
 def check_directory(path: str) -> Access:

@@ -48,6 +48,10 @@ class Endpoint:
             raise InvalidArgumentError(
                 "a daemon's name is 1 to 64 letters, digits, dots, dashes or underscores", field="name"
             )
+        if not self.name.strip("."):
+            raise InvalidArgumentError(
+                f"a daemon's name has more than dots in it: {self.name} means a directory", field="name"
+            )
         if self.name.endswith(LEDGER_SUFFIX):
             raise InvalidArgumentError(
                 f"a daemon's name does not end in {LEDGER_SUFFIX}: so do its ledgers", field="name"
@@ -69,7 +73,8 @@ class Endpoint:
         """The endpoint meant by `text`: "ipc:///run/me/demo", or "demo" in the user's runtime directory.
 
         Args:   text (None or "": $HEAPD_ENDPOINT if set, else the daemon "default"), environ (None: the process's).
-        Raises: InvalidArgumentError if it is neither, or its socket path would be too long.
+        Raises: InvalidArgumentError if it is neither, its directory is no absolute path, or its socket's path would be
+                too long.
         """
         if text is not None and not isinstance(text, str):
             raise InvalidArgumentError(f"an endpoint is text, or None, not {type(text).__name__}", field="endpoint")
@@ -78,7 +83,7 @@ class Endpoint:
         if text.startswith(_SCHEME):
             directory, slash, name = text.removeprefix(_SCHEME).rpartition("/")
             if slash and name:
-                return cls(directory or "/", name)
+                return cls(_checked_directory(directory, name), name)
         elif _NAME.fullmatch(text) is not None:
             return cls(runtime_directory(environ), text)
         raise InvalidArgumentError(
@@ -140,6 +145,21 @@ class Endpoint:
         """The segment's name with the directory's hash, whichever directory it is."""
         digest = f"{zlib.crc32(os.fsencode(self.directory)):08x}"
         return f"heapd-{self.name}-{digest}"
+
+
+def _checked_directory(directory: str, name: str) -> str:
+    """The directory of an endpoint's text. Raises: InvalidArgumentError if it depends on where one is, or who reads."""
+    if directory and not directory.startswith("/"):
+        meant = os.path.join(os.path.abspath(os.path.expanduser(directory)), name)
+        raise InvalidArgumentError(
+            f"an endpoint's directory is an absolute path: {_SCHEME}{meant}, perhaps, not {_SCHEME}{directory}/{name}",
+            field="endpoint",
+        )
+    if "*" in directory:
+        raise InvalidArgumentError(
+            f"an endpoint names one daemon, and knows no wildcards: {_SCHEME}{directory}/{name}", field="endpoint"
+        )
+    return directory or "/"
 
 
 def runtime_directory(environ: Mapping[str, str] | None = None) -> str:

@@ -14,7 +14,7 @@ from tests.server.strangers import GROUP, NOBODY, needs_root, run_as
 
 def test_a_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
     """Whatever the umask; making it again is no error."""
-    path = tmp_path / "a" / "run"
+    path = tmp_path / "run"
     before = os.umask(0)
     try:
         make_directory(str(path))
@@ -59,6 +59,14 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     """With the system's reason."""
     with pytest.raises(SegmentError, match="No such file"):
         check_directory(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("path", ["a/run", "a/b/c/run"])
+def test_only_the_last_directory_of_a_path_is_made(tmp_path: Path, path: str) -> None:
+    """A mistyped path leaves nothing behind; the first directory that is missing is named."""
+    with pytest.raises(SegmentError, match=f"{tmp_path}/a does not exist"):
+        make_directory(str(tmp_path / path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -58,6 +58,35 @@ def test_anything_else_is_refused(text: str) -> None:
         Endpoint.parse(text, {})
 
 
+@pytest.mark.parametrize("name", [".", "..", "..."])
+def test_a_name_of_dots_is_refused(name: str) -> None:
+    """Its log would be `..log`, and its directory's own name."""
+    for make in (lambda: Endpoint("/run/x", name), lambda: Endpoint.parse(name, {})):
+        with pytest.raises(InvalidArgumentError, match="more than dots"):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("ipc://run/demo", f"ipc://{os.getcwd()}/run/demo, perhaps"),
+        ("ipc://./demo", f"ipc://{os.getcwd()}/demo, perhaps"),
+        ("ipc://~/run/demo", f"ipc://{os.path.expanduser('~')}/run/demo, perhaps"),
+    ],
+)
+def test_a_relative_directory_is_refused(text: str, meant: str) -> None:
+    """It would be another daemon in each directory; the text says how to write what was meant."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        Endpoint.parse(text, {})
+    assert meant in str(caught.value)
+
+
+def test_a_wildcard_is_refused() -> None:
+    """ZeroMQ knows them; here it would be a directory named so."""
+    with pytest.raises(InvalidArgumentError, match="no wildcards"):
+        Endpoint.parse("ipc:///tmp/*/demo", {})
+
+
 def test_a_path_too_long_for_a_socket_is_refused_by_its_size() -> None:
     """The kernel's limit is named, and what to do."""
     with pytest.raises(InvalidArgumentError, match=r"takes? .* bytes .* allows 107; choose a shorter"):
