@@ -119,12 +119,7 @@ class Heap(HeapCore):
         request, grant = ask.HeapAlloc(self.id, size), None
         try:
             grant = self.session.call_for_memory(request, self.id)
-            slot, address, generation, extent, fresh = grant
-            block = self._block(slot, address, generation, extent, size)
-            if zero or self.mapping.has_executable_pages or self.is_executable:
-                self.mapping.protect(address, max(extent, 1), executable=self.is_executable)
-                if zero and not fresh:
-                    self.mapping.zero(address, size)
+            block = self._granted(grant, size, zero)
         except BaseException as error:
             if grant is not None:
                 self.session.give_back_later(self.id, grant[1], grant[2])
@@ -149,8 +144,13 @@ class Heap(HeapCore):
         """Have a block that we allocated, and can give to nobody, freed."""
         self.session.give_back_later(self.id, block.address, block.generation)
 
-    def _block(self, slot: int, address: int, generation: int, extent: int, size: int) -> Block:
-        """The object for a block that the daemon has allocated for this session."""
+    def _granted(self, grant: Any, size: int, zero: bool) -> Block:
+        """The object for a block that the daemon has allocated for this session; zeroed if it is to be."""
+        slot, address, generation, extent, fresh = grant
+        if zero or self.mapping.has_executable_pages or self.is_executable:
+            self.mapping.protect(address, max(extent, 1), executable=self.is_executable)
+            if zero and not fresh:
+                self.mapping.zero(address, size)
         word = self.mapping.shape.word_format(slot).busy(self.session.number, generation, size)
         return Block(self, slot, address, extent, word)
 
@@ -196,19 +196,21 @@ class Heap(HeapCore):
 
     def _alloc_cached(self, sizes: list[int], zero: bool, blocks: list[Block]) -> list[int | None]:
         """Take from the front end what it has, to the end of `blocks`. Returns: each size's place there."""
+        places: list[int | None] = []
         with self._enter():
             front = self._front_end()
-            places: list[int | None] = []
             for size in sizes:
-                block = front.allocate_cached(size) if front is not None else None
-                if block is None:
-                    places.append(None)
-                    continue
-                blocks.append(block)  # first: an interrupt finds it there
-                places.append(len(blocks) - 1)
-                if zero:
-                    self.mapping.zero(block.address, size)
+                places.append(self._take_cached(front, size, zero, blocks))
         return places
+
+    def _take_cached(self, front: FrontEnd | None, size: int, zero: bool, blocks: list[Block]) -> int | None:
+        block = front.allocate_cached(size) if front is not None else None
+        if block is None:
+            return None
+        blocks.append(block)  # first: an interrupt finds it there
+        if zero:
+            self.mapping.zero(block.address, size)
+        return len(blocks) - 1
 
     def _alloc_batch(self, sizes: list[int], zero: bool, blocks: list[Block]) -> None:
         request, grants = ask.HeapAllocMany(self.id, sizes), None
@@ -216,12 +218,8 @@ class Heap(HeapCore):
         try:
             grants = self.session.call_for_memory(request, self.id)
             self.note_growth(sum(grant[3] for grant in grants))
-            for (slot, address, generation, extent, fresh), size in zip(grants, sizes, strict=True):
-                blocks.append(self._block(slot, address, generation, extent, size))
-                if zero or self.mapping.has_executable_pages or self.is_executable:
-                    self.mapping.protect(address, max(extent, 1), executable=self.is_executable)
-                    if zero and not fresh:
-                        self.mapping.zero(address, size)
+            for grant, size in zip(grants, sizes, strict=True):
+                blocks.append(self._granted(grant, size, zero))
         except BaseException as error:
             del blocks[first:]
             for _, address, generation, _, _ in grants or ():

@@ -92,11 +92,10 @@ def _session_for(endpoint: str, instance: bytes) -> Session:
     from .session import connect
 
     with _keeping:
-        for session in list(_open):
-            if session.endpoint == endpoint and session.instance == instance:
-                return session
-        session = connect(endpoint, autostart=False)
-        _kept.append(session)
+        session = next((one for one in list(_open) if (one.endpoint, one.instance) == (endpoint, instance)), None)
+        if session is None:
+            session = connect(endpoint, autostart=False)
+            _kept.append(session)
         return session
 
 
