@@ -20,6 +20,7 @@ import pytest
 
 from heapd.errors import LockNotHeldError, LockTimeoutError, SegmentError
 from heapd.mutex import MUTEX_SIZE, Mutex, fault, held, init, make_ready
+from tests.harness import wait_until
 
 # Answers each line, an expression, with its value or the error's name; so a test says step by step what it does.
 PUPPET = """
@@ -224,6 +225,61 @@ def test_threads_exclude_each_other(shared: Shared) -> None:
         thread.join()
     assert total == [800]
     assert all(waited_ns > 0 for waited_ns in waits)
+
+
+def has_sleeper(shared: Shared) -> bool:
+    """Somebody sleeps in the kernel until the mutex is given up."""
+    return ctypes.c_uint32.from_address(shared.pointer).value >> 31 == 1
+
+
+def test_a_thread_of_the_same_process_is_waited_for_by_trying_again(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the kernel it would be woken at the first unlock, before it can have the GIL, and stop the other thread."""
+    monkeypatch.setattr("heapd.mutex._POLL_NS", 60_000_000_000)
+    passes = [0, 0]
+    slept = is_over = False
+
+    def work(number: int) -> None:
+        while not is_over:
+            with held(shared.mutex):
+                passes[number] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while min(passes) < 20_000 and not slept and time.monotonic() < deadline:
+        slept = has_sleeper(shared)
+    is_over = True
+    for thread in threads:
+        thread.join()
+    assert not slept
+    assert min(passes) >= 20_000
+
+
+def test_who_waits_for_long_sleeps_in_the_kernel(shared: Shared, puppet: Puppet) -> None:
+    """For a thread of its own process after some turns, for another process at once; it has it at its release."""
+    shared.mutex.acquire()
+    waiter = threading.Thread(target=lambda: held(shared.mutex, 30).__enter__())
+    waiter.start()
+    wait_until(lambda: has_sleeper(shared))
+    shared.mutex.release()
+    waiter.join()
+    assert shared.mutex.acquire() is True  # its thread ended with it
+    puppet.tell("mutex.acquire(30)")
+    wait_until(lambda: has_sleeper(shared))
+    shared.mutex.release()
+    assert puppet.answer() == "False"
+
+
+def test_a_poll_ends_at_the_deadline(shared: Shared) -> None:
+    """And names the holder, as any wait."""
+    shared.mutex.acquire()
+    refused = in_thread(lambda: shared.mutex.acquire(0.02))
+    assert isinstance(refused, LockTimeoutError)
+    assert refused.details["holder_tid"] == threading.get_native_id()
+    shared.mutex.release()
 
 
 def test_a_thread_that_ends_holding_it_counts_as_dead(shared: Shared) -> None:
