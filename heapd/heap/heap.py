@@ -1,4 +1,5 @@
-"""One heap: blocks of any size over its space. Sizes up to 64 KiB round to a class; larger ones are runs of pages.
+"""One heap: blocks of any size over its space. Sizes up to 64 KiB round to a class, and come from slabs (slabpool.py);
+larger ones are runs of pages.
 
 A block is given out in two steps that a kill cannot come between for a client: the private record (`lent`, `runs`)
 first, then one store of its state word. It is taken back in the opposite order.
@@ -6,7 +7,6 @@ first, then one store of its state word. It is taken back in the opposite order.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from heapd.arena import Arena
@@ -22,11 +22,12 @@ from heapd.errors import (
 )
 from heapd.heap.holdings import Holdings
 from heapd.heap.slab import Slab
+from heapd.heap.slabpool import SlabPool
 from heapd.heap.space import BIG_PAGES, Space
-from heapd.journal import BLOCK_SHIFT, NO_RUN, NO_SLAB, RUN, SLAB, SLAB_CUT
-from heapd.layout import BUSY, CACHED, KIND_SLAB, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
+from heapd.journal import NO_RUN, RUN
+from heapd.layout import BUSY, CACHED, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import Grant
-from heapd.sizeclass import CLASSES, HOLLOW_EXTENT, MAX_CLASS_SIZE, SizeClass, class_of
+from heapd.sizeclass import MAX_CLASS_SIZE, SizeClass, class_of
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SHIFT, PAGE_SIZE, align_up, format_size, pages_for
 
 __all__ = ["Heap", "SLICE_BYTES"]
@@ -36,18 +37,16 @@ SLICE_PAGES = SLICE_BYTES // PAGE_SIZE
 _new_grant: Callable[..., Grant] = tuple.__new__  # without the Python function that the class calls
 _SLAB_GENERATION = SLAB_WORD.generation_shift
 _SLAB_GENERATIONS = SLAB_WORD.generation_mask
-_LONG_SLAB = 4  # pages; making a slab this long for one block costs more than a block of the next class
-_MAX_STRETCH = 2  # where memory is short, a block may have room for so many times what was asked for
-_PARKED_PAGES = 4  # arbitrary: what an empty slab may keep committed
 _FIRST_REGION_EXTRA = 64 * 1024  # a growable heap's first region: initial size and this (Win32 H-CREATE-09)
 
 
 class Heap:
     """Blocks in the regions of one heap.
 
-    Fields: index (of its control block), maximum (bytes, 0: growable), max_block (bytes, 0: none of its own), space,
-    slabs (first page -> Slab), runs (first page -> page count), borrowers (first page of a run -> session it was lent
-    to), held (bytes, by session), allocations and releases (totals).
+    Fields: index (of its control block), maximum (bytes, 0: growable), max_block (bytes, 0: none of its own),
+    space, pool (of slabs), slabs (first page -> Slab: those of the pool), runs (first page -> page count),
+    borrowers (first page of a run -> session it was lent to), held (bytes, by session), allocations and releases
+    (totals).
     """
 
     def __init__(
@@ -80,17 +79,15 @@ class Heap:
         self._store = arena.journal.store
         self._largest = max_block or maximum or min(MAX_BLOCK_SIZE, arena.shape.size)
         self.space = Space(arena, index, maximum=maximum)
-        # A class's slabs with a block to give, lowest address first: so blocks gather in few slabs and others empty.
-        self.partial: list[list[Slab]] = [[] for _ in CLASSES]
-        self.slabs: dict[int, Slab] = {}
+        self.pool = SlabPool(arena, index, self.space)
+        self.slabs = self.pool.slabs
+        self._lend, self._take_back = self.pool.lend, self.pool.take_back
         self.runs: dict[int, int] = {}
         self.borrowers: dict[int, int] = {}
         self.held = Holdings()
         self.unfinished: set[int] = set()  # first pages of runs whose commit goes on: nobody was given them yet
         self.allocations = 0
         self.releases = 0
-        self._slab_of_page: dict[int, Slab] = {}
-        self._parked: dict[int, Slab] = {}  # class index -> a slab that was left empty, and may be in use again
 
     # -- alloc -------------------------------------------------------------------------------------------------------
     def alloc(self, size: int, session: int) -> Grant:
@@ -98,7 +95,8 @@ class Heap:
 
         Raises: BlockTooLargeError, HeapFullError; nothing has changed.
         """
-        self.check_size(size)
+        if size > self._largest:
+            self.check_size(size)
         if size <= MAX_CLASS_SIZE:
             kind = class_of(size)
             if not kind.is_run:
@@ -192,110 +190,15 @@ class Heap:
             )
 
     def _alloc_small(self, kind: SizeClass, size: int, session: int) -> Grant:
-        partial = self.partial[kind.index]
-        slab = partial[0] if partial and partial[0].free else self._slab_with_room(kind)
-        kind = slab.kind
-        index = slab.lend(session)
-        if slab.lent_count == slab.block_count:
-            self.partial[kind.index].remove(slab)
-        self.held.charge(session, kind.extent)
+        slab, index = self._lend(kind, session)
+        extent = slab.kind.extent
+        self.held.charge(session, extent)
         self.allocations += 1
-        self._note(slab.first_page << BLOCK_SHIFT | index)
         slot = slab.slot + index
         words = self.arena.words
         generation = (words[slot] >> _SLAB_GENERATION) + 1 & _SLAB_GENERATIONS or 1
         words[slot] = SLAB_WORD.busy(session, generation, size)
-        return _new_grant(Grant, (slot, slab.base + index * kind.extent, generation, kind.extent, False))
-
-    def _slab_with_room(self, kind: SizeClass) -> Slab:
-        """A slab that can give a block for the class: one with a free block, or a hollow one, whose pages are committed
-        now; else with pages to carve, else one of the next larger class with a free block, else a new one; where there
-        is no memory for that, one of any larger class whose blocks are not too large. Raises: HeapFullError."""
-        partial = self.partial[kind.index]
-        if not partial and kind.page_count >= _LONG_SLAB:
-            larger = self.partial[kind.index + 1]
-            if larger and larger[0].free:
-                return larger[0]
-        try:
-            slab = partial[0] if partial else self._new_slab(kind)
-            if slab.hollow and not slab.free:
-                self._fill(slab)
-            if not slab.free:
-                # Of the slabs with room at most one or two still have pages to carve.
-                if len(partial) > 1 and partial[1].free:
-                    return partial[1]
-                touched, needed = slab.pages_touched if slab.carved else 1, slab.pages_until(slab.carved + 1)
-                if needed > touched:
-                    self._commit_slab(slab, touched, needed)
-        except HeapFullError:
-            other = self._ready_slab(kind)
-            if other is None:
-                raise
-            return other
-        return slab
-
-    def _ready_slab(self, kind: SizeClass) -> Slab | None:
-        """A slab that needs no memory to give a block for the class, or for one up to twice as large."""
-        for larger in CLASSES[kind.index :]:
-            if larger.extent > _MAX_STRETCH * kind.extent:
-                return None
-            for slab in self.partial[larger.index]:
-                if slab.is_ready:
-                    return slab
-        return None
-
-    def _commit_slab(self, slab: Slab, touched: int, needed: int) -> None:
-        first = slab.first_page + touched
-        try:
-            self.space.commit(first, needed - touched)
-        except HeapFullError:
-            if not slab.lent_count:
-                self._drop_slab(slab)
-            raise
-        self.arena.describe(first, needed - touched, KIND_SLAB, self.index, slab.first_page)
-
-    def _hollow_out(self, slab: Slab) -> None:
-        """Decommit the pages that the block taken back last had to itself."""
-        self.space.decommit_in_slab(*slab.own_pages(slab.free[-1]), slab.first_page)
-        slab.hollow.append(slab.free.pop())
-
-    def _fill(self, slab: Slab) -> None:
-        """Commit the pages of a hollow block, so that it can be given out. Raises: HeapFullError, nothing changed."""
-        first, page_count = slab.own_pages(slab.hollow[-1])
-        self.space.commit(first, page_count)
-        self.arena.describe(first, page_count, KIND_SLAB, self.index, slab.first_page)
-        slab.free.append(slab.hollow.pop())
-
-    def _new_slab(self, kind: SizeClass) -> Slab:
-        first, page_count = self._take_slab(kind)
-        slab = Slab(kind, first, page_count)
-        try:
-            self.space.commit(first, 1)
-        except HeapFullError:
-            self.space.give(first, page_count)
-            raise
-        # A slab that was dropped to make room for this one may have lain here.
-        self.arena.journal.withdraw(slab.slot - 1, slab.slot + kind.block_count)
-        slab.write_head(self.arena.words, self.arena.next_seed())
-        # Pages that were committed before stay so; the page map tells which.
-        self.arena.describe(first, page_count, KIND_SLAB, self.index, first)
-        self._note((SLAB, self.index, first, page_count, kind.index, 0, b""))
-        self.slabs[first] = slab
-        self._slab_of_page.update(dict.fromkeys(range(first, first + page_count), slab))
-        insort(self.partial[kind.index], slab)
-        return slab
-
-    def _take_slab(self, kind: SizeClass) -> tuple[int, int]:
-        """Spare pages for a slab, as (first, count): as many as its class's have, or what there is of them that holds
-        a block. Raises: HeapFullError."""
-        try:
-            return self._take_pages(kind.page_count), kind.page_count
-        except HeapFullError:
-            block_count = kind.blocks_in(self.space.spare.largest)
-            if not block_count:
-                raise
-            page_count = kind.pages_of(block_count)
-            return self.space.take(page_count), page_count
+        return _new_grant(Grant, (slot, slab.base + index * extent, generation, extent, False))
 
     def _alloc_run(self, page_count: int, size: int, session: int) -> Grant:
         first = self._take_run(page_count)
@@ -309,7 +212,7 @@ class Heap:
     def _take_run(self, page_count: int) -> int:
         if page_count >= BIG_PAGES and not self.maximum:
             return self.space.take_big(page_count)
-        return self._take_pages(page_count)
+        return self.pool.take_pages(page_count)
 
     def _give_run(self, first: int, page_count: int) -> None:
         if self.space.is_big(first):
@@ -354,14 +257,7 @@ class Heap:
             self._note((NO_RUN, self.index, index))
             self._give_run(index, page_count)
         else:
-            if slab.is_full:
-                insort(self.partial[slab.kind.index], slab)
-            self.held.charge(slab.take_back(index), -slab.kind.extent)
-            self._note(~(slab.first_page << BLOCK_SHIFT | index))
-            if not slab.lent_count:
-                self._park(slab)
-            elif slab.kind.extent >= HOLLOW_EXTENT:
-                self._hollow_out(slab)
+            self.held.charge(self._take_back(slab, index), -slab.kind.extent)
 
     def _forget_run(self, first: int) -> int:
         """A run is lent no longer; its pages."""
@@ -369,61 +265,10 @@ class Heap:
         self.held.charge(self.borrowers.pop(first), -page_count << PAGE_SHIFT)
         return page_count
 
-    def _park(self, slab: Slab) -> None:
-        """Keep an empty slab if it is a small one and its class's only slab with room, else drop it. Making one costs
-        as much as five allocations, and a program that allocates and frees in turn would make one each time."""
-        if len(self.partial[slab.kind.index]) == 1 and slab.pages_touched <= _PARKED_PAGES:
-            self._parked[slab.kind.index] = slab
-        else:
-            self._drop_slab(slab)
-
     def tidy(self) -> None:
         """For who looks at the heap: with nothing lent it is as a heap just made, without parked slabs."""
         if self.allocations == self.releases:
-            self.drop_empty_slabs()
-
-    def drop_empty_slabs(self) -> bool:
-        """Give the pages of slabs without any block back; False if there was none."""
-        parked = [slab for slab in self._parked.values() if not slab.lent_count]
-        self._parked.clear()
-        for slab in parked:
-            if self.slabs.get(slab.first_page) is slab:
-                self._drop_slab(slab)
-        return bool(parked)
-
-    def _take_pages(self, page_count: int) -> int:
-        """Spare pages, if need be also those that slabs have and do not use. Raises: HeapFullError."""
-        try:
-            return self.space.take(page_count)
-        except HeapFullError:
-            if not self.drop_empty_slabs() | self._cut_slabs():
-                raise
-            return self.space.take(page_count)
-
-    def _cut_slabs(self) -> bool:
-        """Give back the pages of slabs that carving has not reached; False if there were none."""
-        found = [slab for slabs in self.partial for slab in slabs if slab.pages_touched < slab.page_count]
-        for slab in found:
-            first, page_count = slab.first_page + slab.pages_touched, slab.page_count - slab.pages_touched
-            slab.cut(slab.pages_touched)
-            if slab.is_full:
-                self.partial[slab.kind.index].remove(slab)
-            self._note((SLAB_CUT, slab.first_page, slab.page_count))
-            self._give_slab_pages(first, page_count)
-        return bool(found)
-
-    def _drop_slab(self, slab: Slab) -> None:
-        """Give an empty slab's pages back."""
-        self.partial[slab.kind.index].remove(slab)
-        del self.slabs[slab.first_page]
-        self._note((NO_SLAB, slab.first_page))
-        self.arena.words[slab.slot - 1] = 0  # at once: these pages may be taken again before the journal commits
-        self._give_slab_pages(slab.first_page, slab.page_count)
-
-    def _give_slab_pages(self, first: int, page_count: int) -> None:
-        for page in range(first, first + page_count):
-            del self._slab_of_page[page]
-        self.space.give(first, page_count)
+            self.pool.drop_empty()
 
     def locate(self, address: int) -> tuple[Slab | None, int, int]:
         """The lent block that begins at `address`: (slab or None for a run, index or first page, slot).
@@ -431,7 +276,7 @@ class Heap:
         Raises: NotABlockError; DoubleFreeError if it is a block that was taken back.
         """
         page = address >> PAGE_SHIFT
-        slab = self._slab_of_page.get(page)
+        slab = self.pool.at(page)
         if slab is not None:
             index = slab.index_of(address)
             if index is None or index >= slab.carved:
@@ -533,10 +378,6 @@ class Heap:
         return need
 
     # -- whole heap --------------------------------------------------------------------------------------------------
-    def slab_at(self, page: int) -> Slab | None:
-        """The slab that `page` is part of."""
-        return self._slab_of_page.get(page)
-
     def owns(self, address: int) -> bool:
         """True if `address` lies in a region of this heap."""
         return self.space.find_region(address >> PAGE_SHIFT) is not None
@@ -546,14 +387,11 @@ class Heap:
 
         Free pages are coalesced already when they are given back; nothing moves.
         """
-        self.drop_empty_slabs()
-        largest = max(self.space.largest_committed() << PAGE_SHIFT, self._largest_free_block())
+        self.pool.drop_empty()
+        largest = max(self.space.largest_committed() << PAGE_SHIFT, self.pool.largest_free)
         while self.space.decommit_spare():
             yield
         return largest
-
-    def _largest_free_block(self) -> int:
-        return max((slab.kind.extent for slabs in self.partial for slab in slabs if slab.free), default=0)
 
     def lent_slots(self) -> Iterator[tuple[int, int]]:
         """(slot, address) of every block given out; blocks may be taken back meanwhile."""
@@ -569,9 +407,7 @@ class Heap:
     def close(self) -> None:
         """Give every page back, whatever is allocated."""
         self.space.close()
-        self.slabs.clear()
+        self.pool.clear()
         self.runs.clear()
         self.borrowers.clear()
         self.held.clear()
-        self._slab_of_page.clear()
-        self.partial.clear()

@@ -48,16 +48,9 @@ def restore_heap(
 
 
 def _restore_slab(heap: Heap, slab: Slab) -> None:
-    kind, first = slab.kind, slab.first_page
-    heap.slabs[first] = slab
-    heap.held.charge(NOBODY, slab.lent_count * kind.extent)
-    for page in range(first, first + slab.page_count):
-        heap._slab_of_page[page] = slab
-    if not slab.is_full:
-        heap.partial[kind.index].append(slab)
-    if not slab.lent_count:
-        heap._parked[kind.index] = slab
-    heap.arena.describe(first, slab.page_count, KIND_SLAB, heap.index, first)
+    heap.pool.add(slab)
+    heap.held.charge(NOBODY, slab.lent_count * slab.kind.extent)
+    heap.arena.describe(slab.first_page, slab.page_count, KIND_SLAB, heap.index, slab.first_page)
     slab.rewrite_head(heap.arena.words)
     slab.hollow = [index for index in slab.free if not _is_committed(heap, *slab.own_pages(index))]
     slab.free = [index for index in slab.free if index not in slab.hollow]

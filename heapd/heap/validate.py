@@ -83,7 +83,7 @@ def validate_heap(heap: Heap, is_known: IsKnown, tail: bytes = b"") -> Generator
 def validate_block(heap: Heap, address: int, is_known: IsKnown) -> list[Violation]:
     """Check the block that begins at `address`; its being free, or no block at all, is a violation, too."""
     page = address >> PAGE_SHIFT
-    slab = heap.slab_at(page)
+    slab = heap.pool.at(page)
     if slab is not None:
         index = slab.index_of(address)
         if index is None or index >= slab.carved:
@@ -154,7 +154,7 @@ def _check_slab(heap: Heap, slab: Slab, is_known: IsKnown) -> Iterator[Violation
     listed = len(slab.free) + len(slab.hollow) + slab.lent_count
     if len(slab.lent) - slab.lent.count(0) != slab.lent_count or listed != slab.carved:
         yield Violation("slab-lists", address, 0, "free, lent and carved blocks of the slab do not add up")
-    if (slab in heap.partial[kind.index]) == slab.is_full:
+    if (slab in heap.pool.partial[kind.index]) == slab.is_full:
         yield Violation("slab-lists", address, 0, "the slab is filed wrong among those with room")
     holes = sum(slab.own_pages(index)[1] for index in slab.hollow)
     if any(arena.committed_in(*slab.own_pages(index)) for index in slab.hollow):

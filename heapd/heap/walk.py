@@ -88,7 +88,7 @@ def _region_entries(heap: Heap, region: Region, index: int, offset: int, is_live
 
 def _piece_start(heap: Heap, page: int, first: int) -> int:
     """First page of the slab, spare extent or run that `page` lies in: a cursor may point inside one."""
-    slab = heap.slab_at(page)
+    slab = heap.pool.at(page)
     if slab is not None:
         return slab.first_page
     if page in heap.runs:

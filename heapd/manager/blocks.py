@@ -245,6 +245,6 @@ class BlockOperations:
                 yield None
                 if session.sweeps.get(shared.heap_id) != number:  # or the heap was closed
                     return taken
-        shared.heap.drop_empty_slabs()
+        shared.heap.pool.drop_empty()
         yield from self._directory.settle()
         return taken

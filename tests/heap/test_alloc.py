@@ -346,7 +346,7 @@ def test_a_free_block_is_found_although_a_lower_slab_cannot_be_carved_further(he
     for grant in first[:]:
         heap.free(grant.address, grant.generation)
     low = [heap.alloc(1024, SESSION)]
-    while heap.slab_at(low[0].address // PAGE_SIZE).free or (low[-1].address + 2 * 1024) % PAGE_SIZE > 1024:
+    while heap.pool.at(low[0].address // PAGE_SIZE).free or (low[-1].address + 2 * 1024) % PAGE_SIZE > 1024:
         low.append(heap.alloc(1024, SESSION))
     heap.free(second[3].address, second[3].generation)
     arena.budget.limit = arena.budget.committed

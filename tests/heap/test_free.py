@@ -186,7 +186,7 @@ def test_an_empty_slab_gives_its_pages_back(heap: Heap) -> None:
         heap.free(grant.address, grant.generation)
     assert check_heap(heap).slabs == 0
     assert heap.arena.words[grants[0].slot - 1] == 0
-    assert heap.slab_at(grants[0].address // PAGE_SIZE) is None
+    assert heap.pool.at(grants[0].address // PAGE_SIZE) is None
 
 
 def test_freeing_everything_in_any_order_leaves_the_heap_as_it_was_made(heap: Heap, arena: Arena) -> None:

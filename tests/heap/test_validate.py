@@ -147,13 +147,13 @@ def lengthen_a_run(heap: Heap, grant: Grant) -> None:
 
 
 def lend_without_counting(heap: Heap, grant: Grant) -> None:
-    slab = heap.slab_at(heap.space.in_order()[0].first)
+    slab = heap.pool.at(heap.space.in_order()[0].first)
     assert slab is not None
     slab.lent_count += 1
 
 
 def file_wrong(heap: Heap, grant: Grant) -> None:
-    for slabs in heap.partial:
+    for slabs in heap.pool.partial:
         slabs.clear()
 
 
@@ -167,7 +167,7 @@ def miscount_spare_pages(heap: Heap, grant: Grant) -> None:
 
 def decommit_a_slab_s_page(heap: Heap, grant: Grant) -> None:
     page = grant.address // PAGE_SIZE
-    assert heap.slab_at(page)
+    assert heap.pool.at(page)
     heap.arena.decommit(page, 1, heap.index)
 
 

@@ -135,7 +135,7 @@ def heap_portrait(heap: Heap) -> Any:
             )
             for first, slab in slabs
         },
-        [[slab.first_page for slab in slabs] for slabs in heap.partial],
+        [[slab.first_page for slab in slabs] for slabs in heap.pool.partial],
         heap.runs,
         set(heap.unfinished),
         {serial: (r.serial, r.first, r.page_count, r.is_big) for serial, r in space.regions.items()},

@@ -12,6 +12,7 @@ from typing import Any
 
 from heapd.arena import Arena
 from heapd.heap import Heap
+from heapd.heap.slabpool import SlabPool
 from heapd.manager import HeapManager
 from heapd.manager.ledger import Ledger, Records, recovery
 from heapd.manager.ledger import ledger as ledger_module
@@ -29,8 +30,8 @@ STEPS: dict[str, tuple[Any, str]] = {
     "free": (Heap, "take_back"),
     "lease": (Heap, "lease"),
     "give-back": (Heap, "give_back"),
-    "new-slab": (Heap, "_new_slab"),
-    "drop-slab": (Heap, "_drop_slab"),
+    "new-slab": (SlabPool, "_make"),
+    "drop-slab": (SlabPool, "_drop"),
     "commit": (Arena, "commit"),
     "decommit": (Arena, "_remove"),
     "reserve": (Arena, "reserve"),
