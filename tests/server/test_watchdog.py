@@ -83,7 +83,7 @@ def test_a_tree_that_was_stopped_goes_on_with_its_server(start_daemon: StartDaem
     pid = daemon.pid
     for process in (daemon.process.pid, pid):
         os.kill(process, signal.SIGSTOP)
-    time.sleep(2 * _SILENCE_S)  # what passes is what is tested
+    time.sleep(1.3 * _SILENCE_S)  # what passes is what is tested
     for process in (daemon.process.pid, pid):
         os.kill(process, signal.SIGCONT)
     time.sleep(_SILENCE_S / 2)
@@ -95,7 +95,7 @@ def test_a_server_that_a_debugger_holds_is_left_to_it(start_daemon: StartDaemon)
     daemon = start_daemon(*_OPTIONS)
     pid = daemon.pid
     with held_by_debugger(pid):
-        time.sleep(2 * _SILENCE_S)  # what passes is what is tested
+        time.sleep(1.3 * _SILENCE_S)  # what passes is what is tested
     assert (daemon.pid, daemon.status()["restarts"]) == (pid, 0)
 
 
