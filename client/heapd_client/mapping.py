@@ -10,11 +10,13 @@ Must never read a page that is not committed (the read would commit it), so look
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import stat
 from collections.abc import Iterator
 from typing import Final, NamedTuple
+from weakref import WeakSet
 
 from heapd.errors import ExecuteError, SegmentError, VersionError
 from heapd.layout import (
@@ -51,6 +53,9 @@ __all__ = ["Mapping", "Server"]
 
 _SHM_DIRECTORY: Final = "/dev/shm"
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
+_MANY: Final = 32  # arbitrary: mappings of closed sessions that are left to the collector's own pace
+_closed: Final[WeakSet[mmap.mmap]] = WeakSet()
+_many = _MANY
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
@@ -80,9 +85,11 @@ class Mapping:
         Raises: SegmentError if it is missing, not a private file of that user, or another arena than was promised;
                 VersionError if its layout is another one than this client knows.
         """
+        _collect_closed()
         self.name = name
         self.size = size
         self.instance = instance
+        self._memory: mmap.mmap | None = None
         self._fd = _open(name, size, access or Access(os.geteuid()))
         try:
             self._memory = mmap.mmap(self._fd, size, mmap.MAP_SHARED, _READ_WRITE)
@@ -115,6 +122,8 @@ class Mapping:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            if self._memory is not None:
+                _closed.add(self._memory)
 
     @property
     def is_stopped(self) -> bool:
@@ -238,6 +247,15 @@ class Mapping:
             reason = os.strerror(ctypes.get_errno())
             raise ExecuteError(f"the system refuses to make a block executable: {reason}")
         self._executable[first:end] = bytes([executable]) * (end - first)
+
+
+def _collect_closed() -> None:
+    """Have the collector look for mappings of closed sessions, where they are many: they are part of cycles, and each
+    keeps a descriptor and the address space of a whole arena, of which a process has some thousands."""
+    global _many
+    if len(_closed) >= _many:
+        gc.collect()
+        _many = max(2 * len(_closed), _MANY)
 
 
 def _open(name: str, size: int, access: Access) -> int:
