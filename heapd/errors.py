@@ -15,7 +15,7 @@
     +-- NoSuchNameError (LookupError)          nothing is published under that name
     +-- HeapExistsError (ValueError)           a heap of that name exists
     +-- NotPermittedError (PermissionError)    e.g. destroying the default heap
-    +-- LimitError (RuntimeError)              sessions, heaps, names, waiters: a configured count is reached
+    +-- LimitError (RuntimeError)              sessions, heaps, names, waiters, open files: there can be no more
     +-- WaitTimeoutError (TimeoutError)        a name was not published in time
     +-- LockTimeoutError (TimeoutError)        a heap's lock was not free in time; names the holder
     +-- LockNotHeldError (RuntimeError)        unlock by a thread that does not hold the lock

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import socket
 import struct
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from time import monotonic, sleep
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +23,7 @@ from heapd.errors import (
     DaemonLostError,
     DaemonNotFoundError,
     DaemonStoppedError,
+    LimitError,
     MessageError,
     error_from_wire,
 )
@@ -36,6 +39,7 @@ __all__ = [
     "ask",
     "await_daemon",
     "daemon_status",
+    "descriptors",
     "is_answering",
     "ProcessWatch",
     "is_process_alive",
@@ -49,6 +53,7 @@ SLICE_MS: Final = 100  # how late a call notices that the daemon is gone; a requ
 _RECONNECT_MS: Final = 10  # a restarted daemon is found again in 7 ms (median, measured), 86 ms at libzmq's default
 _MAX_RECONNECT_MS: Final = 40  # libzmq doubles the pause up to this: at 200 ms it is 165 ms late at times, or 200
 _POLL_S: Final = 0.005
+_ROOM: Final = 8  # descriptors: two a thread of a context, two a socket, and some
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
 _ID: Final = 1  # a control socket here asks one thing
 
@@ -78,12 +83,36 @@ class Greeting(NamedTuple):
         return greeting
 
 
+@contextmanager
+def descriptors() -> Iterator[None]:
+    """Round what opens files or sockets. Raises: LimitError if there can be no more of them."""
+    try:
+        yield
+    except (OSError, zmq.ZMQError) as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        raise LimitError(
+            f"{os.strerror(error.errno)}: this process may have {limit} open; close some, or raise that (ulimit -n)",
+            limit=limit,
+        ) from None
+
+
+def _check_room() -> None:
+    """See that some descriptors may be opened: libzmq aborts where it finds none for the threads of a context."""
+    with ExitStack() as stack:
+        for _ in range(_ROOM):
+            stack.callback(os.close, os.eventfd(0))
+
+
 def open_socket(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
     """A DEALER to `address` whose calls wait SLICE_MS at most.
 
     IMMEDIATE: nothing is queued for a daemon that is not there; it would be executed, unwanted, by the next one.
     """
-    dealer = context.socket(zmq.DEALER)
+    with descriptors():
+        _check_room()
+        dealer = context.socket(zmq.DEALER)
     dealer.linger = 0
     dealer.immediate = True
     dealer.rcvtimeo = dealer.sndtimeo = SLICE_MS
@@ -129,9 +158,9 @@ class ProcessWatch:
 def find_listener(path: str) -> int | None:
     """Who accepts connections at the socket `path`: process id, 0 if that cannot be seen, None if nobody does.
 
-    Raises: AccessError if this user may not ask.
+    Raises: AccessError if this user may not ask; LimitError.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    with descriptors(), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         status = probe.connect_ex(path)
         if status == 0:
             pid: int = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]

@@ -51,7 +51,7 @@ from .arguments import as_patience, as_pid, as_timeout, shown
 from .autostart import start_daemon
 from .block import Block
 from .connection import Connection
-from .control import Greeting, await_daemon, is_process_alive, not_found, say_hello
+from .control import Greeting, await_daemon, descriptors, is_process_alive, not_found, say_hello
 from .handles import Located, checked_handle, locate, locate_at, stale
 from .heap import Heap
 from .homing import Guests
@@ -127,7 +127,8 @@ class Session:
         try:
             greeting = say_hello(endpoint, timeout, context)
             access = check_directory(endpoint.directory)
-            self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance, access)
+            with descriptors():
+                self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance, access)
         except BaseException:
             context.term()
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -251,3 +253,54 @@ def test_a_request_too_large_for_a_message_is_refused_here(heap: hc.Heap) -> Non
     with suppress(errors.HeapdError):
         heap.session.call(messages.HeapAllocMany(heap.id, [8] * 4_097))
     assert heap.alloc(8).size == 8
+
+
+_SCARCE = """
+import gc, os, resource, sys, threading
+import heapd_client as hc
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+def attempt(call):
+    try:
+        call()
+        return "done"
+    except hc.HeapdError as error:
+        assert "Too many open files" in str(error), error
+        return "refused"
+
+def use():
+    with hc.connect(sys.argv[1], autostart=False) as session:
+        session.create_heap().alloc(100).view[0] = 1
+
+use()
+gc.collect()
+before = open_files()
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+told = []
+for limit in range(3, 60):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    told.append(attempt(use))
+    gc.collect()  # a mapping has a descriptor of its own, until it goes
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+assert open_files() == before, open_files()
+print(told[0], told[-1])
+with hc.connect(sys.argv[1], autostart=False) as session:
+    heap = session.create_heap()
+    heap.alloc(64)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    told = []
+    thread = threading.Thread(target=lambda: told.append(attempt(heap.statistics)))
+    thread.start()
+    thread.join()
+    print(told, attempt(heap.statistics))
+"""
+
+
+def test_a_process_without_descriptors_is_told_so(shared_daemon: Daemon) -> None:
+    """With however few are left a session opens or LimitError comes, nothing stays open, and the process lives; a
+    session that is open goes on, but not in a thread that needs a socket of its own."""
+    command = [sys.executable, "-c", _SCARCE, shared_daemon.endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "refused done\n['refused'] done\n", "")
