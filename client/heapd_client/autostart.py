@@ -32,20 +32,34 @@ _SHELL: Final = 'umask 077; exec </dev/null 2>>"$0"; "$@" >&2 & echo $!'
 def start_daemon(endpoint: Endpoint, timeout_s: float) -> None:
     """Have a daemon answer at `endpoint`, started here or by somebody else.
 
-    Raises: SegmentError if the runtime directory cannot be used; DaemonNotFoundError if no daemon answers within
-            `timeout_s` seconds, with the end of its log.
+    Raises: SegmentError if the runtime directory cannot be used; DaemonNotFoundError if none can be started, or
+            answers within `timeout_s` seconds, with the end of its log.
     """
     if os.path.isdir(endpoint.directory) and check_directory(endpoint.directory).uid != os.getuid():
         raise not_found(endpoint)  # a group's daemon, and somebody else's to start
     make_directory(endpoint.directory)
     deadline = monotonic() + timeout_s
     log = os.path.join(endpoint.directory, f"{endpoint.name}.log")
-    starter = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    starter = _open_log(endpoint, log)
     try:
         if _is_first(starter, endpoint, deadline) and not is_answering(endpoint.control_path):
             _wait_for(endpoint, _spawn(endpoint, log), log, deadline)
     finally:
         os.close(starter)
+
+
+def _open_log(endpoint: Endpoint, log: str) -> int:
+    """The log's descriptor. Raises: DaemonNotFoundError if it cannot be written."""
+    try:
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _not_started(endpoint, f"its log {log} cannot be written: {error.strerror}") from None
+
+
+def _not_started(endpoint: Endpoint, reason: str) -> DaemonNotFoundError:
+    return DaemonNotFoundError(
+        f"no daemon answers at {endpoint}, and none could be started: {reason}", endpoint=str(endpoint)
+    )
 
 
 def _is_first(starter: int, endpoint: Endpoint, deadline: float) -> bool:
@@ -82,22 +96,25 @@ def _wait_for(endpoint: Endpoint, pid: int, log: str, deadline: float) -> None:
 
 
 def _spawn(endpoint: Endpoint, log: str) -> int:
-    """Start the daemon; its process id."""
+    """Start the daemon; its process id. Raises: DaemonNotFoundError if no process can be."""
     import subprocess  # here: most processes start none
 
     command = [sys.executable, "-m", "heapd", "serve", "--name", endpoint.name]
     command += ["--runtime-dir", endpoint.directory, "--idle-exit", str(IDLE_EXIT_S)]
-    done = subprocess.run(
-        ["/bin/sh", "-c", _SHELL, log, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        env=_environment(),
-        start_new_session=True,
-        check=True,
-    )
-    return int(done.stdout)
+    try:
+        done = subprocess.run(
+            ["/bin/sh", "-c", _SHELL, log, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            env=_environment(),
+            start_new_session=True,
+            check=True,
+        )
+        return int(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:  # no process, or no descriptor, is left
+        raise _not_started(endpoint, str(error)) from None
 
 
 def _environment() -> dict[str, str]:

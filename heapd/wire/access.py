@@ -60,7 +60,7 @@ def make_directory(path: str, gid: int | None = None) -> Access:
     except FileNotFoundError:
         raise SegmentError(
             f"the runtime directory {path} cannot be made: {_first_missing(path)} does not exist; make that one, or "
-            f"choose another runtime directory"
+            f"choose another (--runtime-dir, $HEAPD_RUNTIME_DIR)"
         ) from None
     except OSError as error:
         raise SegmentError(f"the runtime directory {path} cannot be made: {error.strerror}") from error

@@ -119,3 +119,26 @@ def test_a_daemon_that_does_not_come_up_is_explained(
     monkeypatch.setattr(autostart, "IDLE_EXIT_S", "nonsense")
     with pytest.raises(errors.DaemonNotFoundError, match="idle-exit"):
         hc.connect(endpoint)
+
+
+@pytest.mark.parametrize("obstacle", ["directory", "symlink"])
+def test_a_log_that_cannot_be_written_is_named(runtime_dir: Path, endpoint: str, obstacle: str) -> None:
+    """No daemon is started whose words nobody could read."""
+    log = Path(f"{endpoint.removeprefix('ipc://')}.log")
+    if obstacle == "directory":
+        log.mkdir()
+    else:
+        log.symlink_to("/nonexistent")
+    with pytest.raises(errors.DaemonNotFoundError, match=f"none could be started: its log {log} cannot be written: "):
+        hc.connect(endpoint)
+
+
+def test_a_system_that_starts_no_process_is_told_of(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its reason."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    with pytest.raises(errors.DaemonNotFoundError, match=r"none could be started: .*Resource temporarily unavailable"):
+        hc.connect(endpoint)
