@@ -65,7 +65,8 @@ _Result = TypeVar("_Result")
 DEFAULT_TIMEOUT_S: Final = 10.0
 _CONNECT_ATTEMPTS: Final = 3  # a daemon may end between being found and being asked
 _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for a session that is closed meanwhile
-_PAUSES_S: Final = (0.001, 0.004, 0.016)  # arbitrary: who is at work makes a call within them; who is idle does not
+# Arbitrary: who is at work makes a call within them, on a busy machine, too; who is idle does not.
+_PAUSES_S: Final = (0.001, 0.004, 0.016, 0.064)
 _LIST_PAGE: Final = 500
 _kept_mapped: Final[list[Mapping]] = []  # arenas of closed sessions in which a thread holds a lock yet
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer

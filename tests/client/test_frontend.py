@@ -393,6 +393,37 @@ def test_the_cache_of_a_session_at_work_makes_room_before_anything_fails(tight: 
             os.close(writer)
 
 
+def _cache_stop_and_work(endpoint: str) -> None:
+    """Cache 40 MiB, stop, and when continued be at work with the heap."""
+    heap = hc.connect(endpoint, autostart=False).create_heap(serialize=False)
+    for block in [heap.alloc(10 * MIB) for _ in range(4)]:
+        block.free()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        heap.alloc(64).free()
+
+
+def test_who_is_at_work_on_a_busy_machine_is_waited_for(tight: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session whose process gets no CPU for 50 ms still gives back in time."""
+    naps: list[float] = []
+    pid = fork(lambda: _cache_stop_and_work(tight.endpoint))
+
+    def nap(pause_s: float) -> None:
+        naps.append(pause_s)
+        if sum(naps) > 0.05:
+            os.kill(pid, signal.SIGCONT)
+            wait_until(lambda: session.statistics().heaps < 24 * MIB)
+
+    try:
+        os.waitpid(pid, os.WUNTRACED)
+        monkeypatch.setattr("heapd_client.session.sleep", nap)
+        with hc.connect(tight.endpoint, autostart=False) as session:
+            assert session.create_heap().alloc(40 * MIB).size == 40 * MIB
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_who_is_alone_does_not_wait_for_others(tight: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody else can have cached anything: the refusal comes at once."""
     naps: list[float] = []
