@@ -313,9 +313,10 @@ class FrontEnd:
 
     def _add_spare(self, bin_: Bin, size: int) -> None:
         """Lease one block more, once a bin was emptied by `_PATIENCE` calls: one that is allocated and freed in turn is
-        always in the way of itself, and the hot path needs two; threads that do so need one more each."""
+        always in the way of itself, and the hot path needs two; threads that do so need one more each. What was spare
+        may have been allocated for good since: then another one, each after twice as many calls as the one before."""
         bin_.emptied += 1
-        if bin_.emptied >= _PATIENCE and bin_.spares < active_count():
+        if bin_.emptied >= _PATIENCE << max(bin_.spares + 1 - active_count(), 0):
             bin_.emptied = 0
             bin_.spares += 1
             with suppress(HeapFullError):

@@ -17,6 +17,7 @@ from heapd.layout import F_EXECUTABLE, RUN_WORD, SLAB_WORD, WordFormat
 from heapd.records import EntryKind
 from heapd.units import KIB, MIB, PAGE_SIZE
 from heapd_client import errors
+from heapd_client.frontend import FrontEnd
 from tests.client.tools import blocks_of, cached_by, check_empty, count_requests, fork, sizes
 from tests.harness import Daemon, wait_until
 
@@ -533,3 +534,28 @@ def test_reading_a_block_that_is_gone_commits_nothing(session: hc.Session, other
         with pytest.raises((errors.DoubleFreeError, errors.StaleHandleError)):
             block.free()
     assert os.stat(f"/dev/shm/{session.segment}").st_blocks * 512 == committed == session.statistics().committed
+
+
+@pytest.mark.parametrize("live", range(10))
+def test_a_block_allocated_and_freed_in_turn_takes_the_hot_path(
+    free_heap: hc.Heap, monkeypatch: pytest.MonkeyPatch, live: int
+) -> None:
+    """However many others are allocated for good, after a few turns: also where they took what was spare."""
+    slow: list[int] = []
+    allocate = FrontEnd.allocate
+    monkeypatch.setattr(
+        FrontEnd, "allocate", lambda front, size, *rest: (slow.append(size), allocate(front, size, *rest))[1]
+    )
+
+    def take_turns(count: int) -> None:
+        for _ in range(count):
+            block = free_heap.alloc(64)
+            block.free()
+
+    take_turns(50)
+    kept = [free_heap.alloc(64) for _ in range(live)]
+    take_turns(50)
+    slow.clear()
+    take_turns(100)
+    assert slow == []
+    free_heap.free_many(kept)
