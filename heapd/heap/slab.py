@@ -3,7 +3,7 @@
 The daemon's own truth about a block is `lent`: to whom it was given out, until it is taken back. What the state word
 says meanwhile is the client's; it is checked, never trusted. Blocks are carved in address order, pages
 committed as carving reaches them. Where pages are short, a slab has fewer than its class's: from its birth, or because
-it is cut behind what is carved. Where each block lies stays the same, so nobody else need know.
+it is cut behind what is lent. Where each block lies stays the same, so nobody else need know.
 
 A free block may be *hollow*: the pages that it has to itself are decommitted until it is given out again. Blocks of
 many pages are few in a slab, and one that is lent keeps the slab; without this, a class's slabs would keep the memory
@@ -124,11 +124,22 @@ class Slab:
         """Pages that must be committed once `carved` blocks are carved."""
         return self.kind.pages_of(carved)
 
+    @property
+    def pages_in_use(self) -> int:
+        """Pages up to the end of the last block that is lent."""
+        end = self.carved
+        while end and not self.lent[end - 1]:
+            end -= 1
+        return self.pages_until(end)
+
     def cut(self, page_count: int) -> None:
-        """Do without the pages from `page_count` on; no block is carved there."""
+        """Do without the pages from `page_count` on; no block is lent there."""
         self.page_count = page_count
         self.block_count = self.kind.blocks_in(page_count)
+        self.carved = min(self.carved, self.block_count)
         del self.lent[self.block_count :]
+        self.free = [index for index in self.free if index < self.block_count]
+        self.hollow = [index for index in self.hollow if index < self.block_count]
 
     def own_pages(self, index: int) -> tuple[int, int]:
         """The pages that a block shares with nothing, as (first, count)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from contextlib import suppress
 from typing import Final
 
 from heapd.arena import Arena
@@ -110,13 +111,17 @@ class SlabPool:
         return slab
 
     def _ready(self, kind: SizeClass) -> Slab | None:
-        """A slab that needs no memory to give a block for the class, or for one up to twice as large."""
+        """A slab that needs no other pages to give a block for the class, or for one up to twice as large."""
         for larger in CLASSES[kind.index :]:
             if larger.extent > _MAX_STRETCH * kind.extent:
                 return None
             for slab in self.partial[larger.index]:
                 if slab.is_ready:
                     return slab
+                if slab.hollow:
+                    with suppress(HeapFullError):
+                        self._fill(slab)
+                        return slab
         return None
 
     def _fill(self, slab: Slab) -> None:
@@ -200,11 +205,12 @@ class SlabPool:
             return self._space.take(page_count)
 
     def _cut(self) -> bool:
-        """Give back the pages of slabs that carving has not reached; False if there were none."""
-        found = [slab for slabs in self.partial for slab in slabs if slab.pages_touched < slab.page_count]
+        """Give back the pages behind the last block that is lent of each slab; False if there were none."""
+        found = [slab for slabs in self.partial for slab in slabs if slab.pages_in_use < slab.page_count]
         for slab in found:
-            first, page_count = slab.first_page + slab.pages_touched, slab.page_count - slab.pages_touched
-            slab.cut(slab.pages_touched)
+            keep = slab.pages_in_use
+            first, page_count = slab.first_page + keep, slab.page_count - keep
+            slab.cut(keep)
             if slab.is_full:
                 self.partial[slab.kind.index].remove(slab)
             self._note((SLAB_CUT, slab.first_page, slab.page_count))

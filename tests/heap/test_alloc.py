@@ -302,6 +302,19 @@ def test_pages_that_a_slab_does_not_use_yet_are_there_for_other_sizes(make_heap:
     heap.alloc(64 * KIB, SESSION)
 
 
+@pytest.mark.parametrize(("size", "other"), [(1000, 3000), (9000, 6000), (5000, 40 * KIB)])
+def test_pages_of_freed_blocks_are_there_for_other_sizes(make_heap: MakeHeap, size: int, other: int) -> None:
+    """Also where their slab has one left; it gives back what is behind that, and has blocks to give again."""
+    heap = make_heap(maximum=128 * KIB)
+    first, *rest = fill_up(heap, size)
+    for grant in rest:
+        heap.free(grant.address, grant.generation)
+    check_heap(heap)
+    assert len(fill_up(heap, other)) * other > 70 * KIB
+    check_heap(heap)
+    assert heap.resize(first.address, first.generation, size - 1, in_place_only=True).address == first.address
+
+
 def test_where_no_page_is_left_a_block_of_a_larger_class_does(make_heap: MakeHeap) -> None:
     """One up to twice as large as what was asked for; a larger one is not wasted so."""
     heap = make_heap(maximum=64 * KIB)

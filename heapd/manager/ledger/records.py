@@ -216,6 +216,7 @@ class Records:
         else:
             slab.page_count = page_count
             del slab.lent[CLASSES[slab.class_index].blocks_in(page_count) :]
+            slab.carved = min(slab.carved, len(slab.lent))
 
     def _no_slab(self, first: int) -> None:
         slab = self._slabs.pop(first, None)
