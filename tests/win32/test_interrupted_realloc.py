@@ -170,6 +170,39 @@ def test_signals_at_any_instant_lose_no_block(case: Case) -> None:
         subject.check()
 
 
+@pytest.mark.parametrize("family", ["Global", "Local"])
+@pytest.mark.parametrize("flags", [win32.GMEM_FIXED, win32.GMEM_MOVEABLE], ids=["fixed", "moveable"])
+def test_an_exception_leaves_an_object_where_it_was(shared_daemon: Daemon, family: str, flags: int) -> None:
+    """GlobalReAlloc and LocalReAlloc: a FIXED object at its address, a MOVEABLE one behind its handle."""
+    make, resize, drop, lock = (getattr(win32, family + name) for name in ("Alloc", "ReAlloc", "Free", "Lock"))
+    text, grown = b"object" * 20, 0
+
+    def grow() -> None:
+        nonlocal grown
+        grown = resize(found, 5_000, win32.GMEM_MOVEABLE)
+
+    win32.attach(shared_daemon.endpoint)
+    struck = 0
+    for place in count(1):
+        found, grown = make(flags, len(text)), 0
+        write(lock(found), text)
+        win32.GlobalUnlock(found)
+        was_struck = interrupt_at(place, grow)
+        if grown:
+            found = grown
+        assert read(lock(found), len(text)) == text
+        win32.GlobalUnlock(found)
+        assert drop(found) == 0
+        struck += was_struck
+        if not was_struck:
+            break
+    assert struck > 20
+    heap = win32.process.heap_of(win32.GetProcessHeap()).heap
+    assert heap._mutex.depth() == 0
+    wait_until(lambda: busy(win32.GetProcessHeap()) == [])
+    win32.detach()
+
+
 def test_a_moved_block_is_gone_from_where_it_was(case: Case) -> None:
     """Nothing is left there for anybody: no block, no byte that is in use."""
     subject = Subject(case, 64)

@@ -53,7 +53,6 @@ def GlobalAlloc(uFlags: int, dwBytes: int) -> int:
     return moveable.alloc(_RULES, uFlags, dwBytes)
 
 
-@fails_with(0)
 def GlobalReAlloc(hMem: int | None, dwBytes: int, uFlags: int) -> int:
     """Resize an object, or with GMEM_MODIFY change its attributes alone. Returns: its address or handle; 0 for
     failure, the object is as it was.

@@ -54,7 +54,6 @@ def LocalAlloc(uFlags: int, uBytes: int) -> int:
     return moveable.alloc(_RULES, uFlags, uBytes)
 
 
-@fails_with(0)
 def LocalReAlloc(hMem: int | None, uBytes: int, uFlags: int) -> int:
     """Resize an object, or with LMEM_MODIFY change its attributes alone. Returns: its address or handle; 0 for
     failure, the object is as it was.

@@ -26,7 +26,7 @@ from .constants import (
     GMEM_ZEROINIT,
     NO_ERROR,
 )
-from .last_error import Failure, SetLastError
+from .last_error import Failure, SetLastError, patiently
 from .open_heap import OpenHeap
 from .process import Process, process
 from .table import MAX_LOCKS, Moveable, is_handle
@@ -102,8 +102,22 @@ def alloc(rules: Rules, uFlags: Any, uBytes: Any) -> int:
 
 
 def realloc(rules: Rules, hMem: Any, uBytes: Any, uFlags: Any) -> int:
-    """GlobalReAlloc and LocalReAlloc. Raises: Failure; the object is as it was."""
+    """GlobalReAlloc and LocalReAlloc: their result. Nothing is called once a FIXED object has moved."""
     mem, size, flags = as_address(hMem), size_t(uBytes), dword(uFlags)
+    try:
+        result, heap = patiently(_realloc, rules, mem, size, flags)
+        if heap is None:
+            return result
+        return heap.realloc(0, mem, size, zero=bool(flags & _ZEROINIT), in_place=not flags & _MOVEABLE)
+    except Failure as failure:
+        return failure.set(0)
+
+
+def _realloc(rules: Rules, mem: int, size: int, flags: int) -> tuple[int, OpenHeap | None]:
+    """Do all of it, but for a FIXED object that is to be resized. Returns: the result, or where that one lies.
+
+    Raises: Failure; the object is as it was.
+    """
     if not mem:
         raise Failure(ERROR_INVALID_HANDLE, "NULL is no object")
     memory = _Memory()
@@ -116,13 +130,13 @@ def realloc(rules: Rules, hMem: Any, uBytes: Any, uFlags: Any) -> int:
         if found is None:
             _check_not_behind_handle(memory, mem)
             if flags & _MODIFY:
-                return _modify_fixed(rules, memory, mem, flags)
-            return _resize_fixed(memory, mem, size, flags)
+                return _modify_fixed(rules, memory, mem, flags), None
+            return 0, memory.heap
         if not flags & _MODIFY:
             _resize_moveable(memory, mem, found, size, flags)
         elif flags & rules.discardable:
             found.is_discardable = True
-    return mem
+    return mem, None
 
 
 def _modify_fixed(rules: Rules, memory: _Memory, address: int, flags: int) -> int:
@@ -143,11 +157,6 @@ def _modify_fixed(rules: Rules, memory: _Memory, address: int, flags: int) -> in
     return handle
 
 
-def _resize_fixed(memory: _Memory, address: int, size: int, flags: int) -> int:
-    in_place = not flags & _MOVEABLE
-    return memory.heap.realloc(0, address, size, zero=bool(flags & _ZEROINIT), in_place=in_place)
-
-
 def _resize_moveable(memory: _Memory, handle: int, found: Moveable, size: int, flags: int) -> None:
     may_move = bool(flags & _MOVEABLE)
     if size == 0:
@@ -162,7 +171,9 @@ def _resize_moveable(memory: _Memory, handle: int, found: Moveable, size: int, f
         memory.table.place(handle, memory.heap.alloc(0, size, zero))
         return
     in_place = bool(found.locks) and not may_move
-    memory.table.place(handle, memory.heap.realloc(0, found.address, size, zero=zero, in_place=in_place))
+    old = found.address
+    found.address = memory.heap.realloc(0, old, size, zero=zero, in_place=in_place)  # no call gets in between
+    memory.table.note_move(handle, old)
 
 
 def free(hMem: Any) -> int:

@@ -57,8 +57,13 @@ class Table:
     def place(self, handle: int, address: int) -> None:
         """Say where a handle's object is now; 0: discarded."""
         found = self._objects[handle]
-        self._handles.pop(found.address, None)
-        found.address = address
+        old, found.address = found.address, address
+        self.note_move(handle, old)
+
+    def note_move(self, handle: int, old: int) -> None:
+        """A handle's object has another address than `old` now."""
+        self._handles.pop(old, None)
+        address = self._objects[handle].address
         if address:
             self._handles[address] = handle
 
