@@ -15,13 +15,14 @@ from heapd.wire import Endpoint, Request, check_directory, decode_reply, encode_
 __all__ = ["ask"]
 
 _POLL_S: Final = 0.01
+_SLICE_S: Final = 0.1  # how late it is noticed that a daemon has ended instead of answering
 
 
 def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
     """The daemon's answer to a control request.
 
-    Raises: DaemonNotFoundError if nobody listens; DaemonLostError if no answer comes within `timeout_s`; SegmentError
-            if somebody else could have put the socket there; whatever error the daemon answers.
+    Raises: DaemonNotFoundError if nobody listens, or no longer; DaemonLostError if no answer comes within `timeout_s`;
+            SegmentError if somebody else could have put the socket there; whatever error the daemon answers.
     """
     check_listening(endpoint, timeout_s)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -30,8 +31,12 @@ def ask(endpoint: Endpoint, request: Request, timeout_s: float = 5.0) -> Any:
             dealer.set(zmq.LINGER, 0)
             dealer.connect(endpoint.control)
             dealer.send(encode_request(request, 1))
-            if not dealer.poll(int(timeout_s * 1000)):
-                raise DaemonLostError(f"the daemon at {endpoint} did not answer within {timeout_s:g} s")
+            deadline = monotonic() + timeout_s
+            while not dealer.poll(int(min(_SLICE_S, max(deadline - monotonic(), 0)) * 1000)):
+                left_s = deadline - monotonic()
+                if left_s <= 0:
+                    raise DaemonLostError(f"the daemon at {endpoint} did not answer within {timeout_s:g} s")
+                check_listening(endpoint, left_s)  # it may have ended since
             reply = decode_reply(dealer.recv())
     finally:
         context.term()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from time import monotonic
 
 import click
 
 from heapd.cli.control import ask
 from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, one_endpoint
-from heapd.errors import DaemonLostError
+from heapd.errors import DaemonLostError, DaemonNotFoundError
 from heapd.wire import Endpoint
 from heapd.wire.messages import Status, Stop
 
@@ -29,7 +29,8 @@ def stop(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None:
     holder = endpoint.holder()  # the supervisor, if it has one
     with ExitStack() as stack:
         pidfds = [_open(each, stack) for each in {pid, holder[0] if holder is not None else pid}]
-        ask(endpoint, Stop(), timeout)
+        with suppress(DaemonNotFoundError):  # somebody else told it before
+            ask(endpoint, Stop(), timeout)
         deadline = monotonic() + timeout
         for pidfd in pidfds:
             if pidfd is not None and not select.select([pidfd], [], [], max(deadline - monotonic(), 0))[0]:

@@ -88,6 +88,19 @@ def test_stop_waits_until_it_has_ended(start_daemon: StartDaemon) -> None:
     assert files_of(daemon) == []
 
 
+def test_who_stops_what_another_one_is_stopping_is_not_kept_waiting(start_daemon: StartDaemon) -> None:
+    """It was stopped, or it is not there; nobody waits for the answer of one that has gone."""
+    daemon = start_daemon()
+    command = [sys.executable, "-m", "heapd", "stop", daemon.endpoint, "--timeout", "30"]
+    stoppers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(5)
+    ]
+    told = [(stopper.communicate(timeout=60)[0], stopper.returncode) for stopper in stoppers]
+    assert {status for _, status in told} <= {0, 3}, told
+    assert 0 in {status for _, status in told}, told
+    assert daemon.process.wait(1) == 0
+
+
 def test_a_kill_leaves_the_segment_and_nothing_that_would_remove_it(start_daemon: StartDaemon) -> None:
     """No resource tracker was ever started: the arena outlives its daemon until heapd itself removes it."""
     daemon = start_daemon()
