@@ -10,6 +10,7 @@ Must never read a page that is not committed (the read would commit it), so look
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
@@ -46,7 +47,7 @@ from heapd.layout import (
     page_word,
     split_page_word,
 )
-from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_down, align_up
+from heapd.units import PAGE_SHIFT, PAGE_SIZE, align_down, align_up, format_size
 from heapd.wire import Access
 
 __all__ = ["Mapping", "Server"]
@@ -82,7 +83,8 @@ class Mapping:
 
         Args:   name, size (bytes) and instance (16 bytes) as hello told them; access (whose daemon that is, None: this
                 user's own).
-        Raises: SegmentError if it is missing, not a private file of that user, or another arena than was promised;
+        Raises: SegmentError if it is missing, not a private file of that user, another arena than was promised, or too
+                large for the address space that is left;
                 VersionError if its layout is another one than this client knows.
         """
         _collect_closed()
@@ -92,7 +94,7 @@ class Mapping:
         self._memory: mmap.mmap | None = None
         self._fd = _open(name, size, access or Access(os.geteuid()))
         try:
-            self._memory = mmap.mmap(self._fd, size, mmap.MAP_SHARED, _READ_WRITE)
+            self._memory = _map(self._fd, name, size)
             self.base = memoryview(self._memory)
             self.words = self.base.cast("Q")
             self._check_header()
@@ -247,6 +249,19 @@ class Mapping:
             reason = os.strerror(ctypes.get_errno())
             raise ExecuteError(f"the system refuses to make a block executable: {reason}")
         self._executable[first:end] = bytes([executable]) * (end - first)
+
+
+def _map(fd: int, name: str, size: int) -> mmap.mmap:
+    """The whole segment, mapped; it takes address space, and memory only where it is committed."""
+    try:
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, _READ_WRITE)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise SegmentError(
+            f"this process has no address space left for the {format_size(size)} of the arena {name}; raise its limit "
+            f"(ulimit -v), or start the daemon with a smaller --reserve"
+        ) from None
 
 
 def _collect_closed() -> None:

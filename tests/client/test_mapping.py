@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,3 +141,20 @@ def test_closed_sessions_do_not_pile_up(shared_daemon: Daemon) -> None:
             assert len(os.listdir("/proc/self/fd")) <= before + 40
     finally:
         gc.enable()
+
+
+def test_an_arena_that_finds_no_address_space_is_told_of(shared_daemon: Daemon) -> None:
+    """With its size, and what to do; the limit is the process's own."""
+    script = """
+import resource, sys
+import heapd_client as hc
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.RLIM_INFINITY))
+try:
+    hc.connect(sys.argv[1], autostart=False)
+except hc.errors.SegmentError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, shared_daemon.endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"no address space left for the \S+ GiB of the arena .*ulimit -v.*--reserve", done.stdout)
