@@ -216,6 +216,7 @@ class Scene:
 
     Fields: it, alice and bob (tokens), heap (named, of alice, who has most blocks), other (freeing orphans), small (of
     64 KiB, all of it in two slabs), blocks (grant and size, in order of birth), cached (grants that alice leased).
+    One more block is free, and hollow.
     """
 
     def __init__(self, it: Undead) -> None:
@@ -226,10 +227,12 @@ class Scene:
         self.other = HeapInfo(*self.do(self.bob, m.HeapCreate("o", 0, 0, F_FREE_ORPHANS)))
         self.do(self.bob, m.HeapOpen("h"))
         self.do(self.alice, m.HeapOpen("o"))
-        sizes = [64, 64, 1000, 5000, 70_000, 300_000, MIB + 1]
+        sizes = [64, 64, 1000, 5000, 70_000, 300_000, MIB + 1, 15_000, 15_000]
         self.blocks = [(Grant(*self.do(self.alice, m.HeapAlloc(self.heap.heap_id, size))), size) for size in sizes]
         for seed, (grant, size) in enumerate(self.blocks):
             fill(it.manager.arena, grant.address, size, seed)
+        hollow = self.do(self.alice, m.HeapAlloc(self.heap.heap_id, 15_000))
+        self.do(self.alice, m.HeapFree(self.heap.heap_id, *hollow[1:3]))
         self.do(self.alice, m.NamePublish(self.heap.heap_id, "n", *self.blocks[2][0][1:3]))
         self.cached = [Grant(*each) for each in self.do(self.alice, m.HeapLease(self.heap.heap_id, 48, 5))]
         self.do(self.alice, m.HeapAllocMany(self.other.heap_id, [100, 100_000]))
