@@ -42,10 +42,9 @@ _SLACK_FLOOR: Final = 128 * KIB  # what is cached may add this much to the most 
 _SLACK_PART: Final = 22  # ... or this part of it (ARCHITECTURE.md has what less would cost); while less is in use,
 _LASTING: Final = 2 * MIB  # so much of the difference is remembered,
 _FADE: Final = 1  # and of the rest one half is forgotten at each lease
-_CACHE_FLOOR: Final = 1 * MIB  # the bins of size classes together may hold this much ...
-_CACHE_SHIFT: Final = 2  # ... or 1/4 of what was in use at once
+_CACHE_FLOOR: Final = 1 * MIB  # frees may fill the bins of size classes with this much, if that is more
 _LARGE_CACHE: Final = 64 * MIB  # the bins of runs of more than 64 KiB together may hold this much
-_TICKET: Final = 16  # a bin may take this part of the room that is left, before it must ask again;
+_TICKET: Final = 3  # a bin may take this part of the room that is left, before it must ask again;
 _CLAIM_PART: Final = 4  # one of large runs this part, or one block
 _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each costs 1/8 of a block, a lease 100 us
 _PATIENCE: Final = 4  # slow calls before a bin gets a spare block, or another one
@@ -233,8 +232,9 @@ class FrontEnd:
         if bin_.is_large:  # few blocks exceed what all may hold: what a bin was promised counts
             others = sum(other.claimed for other in self if other.is_large and other is not bin_)
             return _LARGE_CACHE - bin_.cached - others
-        total = max(_CACHE_FLOOR, self._peak >> _CACHE_SHIFT)
-        return total - sum(other.cached for other in self if not other.is_large)
+        # Not all of the peak: it is forgotten at leases, and there may be none while less and less is in use.
+        allowed = min(self._peak - self.used_bytes(), _LASTING) + max(_SLACK_FLOOR, self._peak // _SLACK_PART)
+        return max(allowed, _CACHE_FLOOR) - sum([len(each.stack) * each.extent for each in self if each.key < _LARGE])
 
     def _slack(self, more: int) -> int:
         """Bytes that may be leased besides the `more` that are about to be used; negative if too much is held.
@@ -514,7 +514,7 @@ class FrontEnd:
         return self._take_count() + sum(bin_.take_count() for bin_ in self)
 
     def cached_bytes(self) -> int:
-        return sum(bin_.cached for bin_ in self)
+        return sum([len(bin_.stack) * bin_.extent for bin_ in self])
 
     def __iter__(self) -> Iterator[Bin]:
         return iter(list(self._bins.values()))

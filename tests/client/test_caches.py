@@ -246,3 +246,14 @@ def test_what_is_in_use_is_known_past_the_front_end(heap: hc.Heap, change: str) 
     assert front is not None
     assert 5 * MIB <= front.used_bytes() < 5.2 * MIB
     assert kept
+
+
+def test_a_heap_that_is_emptied_gives_back_while_it_is(heap: hc.Heap) -> None:
+    """Also where nothing is allocated any more, what is cached is far less than what was in use."""
+    blocks = [heap.alloc(size) for _ in range(100) for size in range(16 * KIB, 64 * KIB, 4 * KIB)]
+    used = heap.statistics().busy
+    while blocks:
+        for block in blocks[-50:]:
+            block.free()
+        del blocks[-50:]
+        assert heap.statistics().cached < used // 5
