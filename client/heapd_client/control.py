@@ -28,7 +28,15 @@ from heapd.errors import (
     error_from_wire,
 )
 from heapd.layout import LAYOUT_VERSION
-from heapd.wire import MAX_REPLY_BYTES, TOKEN_BYTES, Endpoint, Request, decode_reply, encode_request
+from heapd.wire import (
+    MAX_REPLY_BYTES,
+    TOKEN_BYTES,
+    Endpoint,
+    Request,
+    check_directory,
+    decode_reply,
+    encode_request,
+)
 from heapd.wire.messages import Hello, Status, Stop
 
 from .arguments import as_patience
@@ -196,9 +204,12 @@ def ask(
 
     It is asked again of the next daemon if one dies over it.
     Raises: DaemonNotFoundError at once if nobody listens and nobody is about to; DaemonLostError if there is no answer
-            within `timeout_s` seconds; else what the daemon answers.
+            within `timeout_s` seconds; SegmentError if somebody else could have put the socket there; else what the
+            daemon answers.
     """
     deadline = monotonic() + timeout_s
+    if os.path.lexists(endpoint.directory):
+        check_directory(endpoint.directory)
     listener = await_daemon(endpoint, deadline)
     if listener is None:
         raise not_found(endpoint)
@@ -233,7 +244,7 @@ def ask(
 
 
 def not_found(endpoint: Endpoint) -> DaemonNotFoundError:
-    command = f"heapd serve --name {endpoint.name} --runtime-dir {endpoint.directory}"
+    command = f"heapd serve -e {endpoint}"
     return DaemonNotFoundError(f"no daemon answers at {endpoint}; start one with `{command}`", endpoint=str(endpoint))
 
 
@@ -264,7 +275,10 @@ def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
     timeout = as_patience(timeout)
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
-    pid = ask(where, Status(), timeout)["pid"]
+    try:
+        pid = ask(where, Status(), timeout)["pid"]
+    except DaemonStoppedError:  # somebody else told it before
+        raise not_found(where) from None
     holder = where.holder()  # the supervisor, if it has one
     with ExitStack() as stack:
         processes = []

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import click
 
-from heapd.cli.control import ask
+import heapd_client as hc
 from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, one_endpoint
 from heapd.service import check_extra, expose
 from heapd.wire import Endpoint
-from heapd.wire.messages import Status
 
 __all__ = ["metrics"]
 
@@ -23,4 +22,4 @@ def metrics(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None
     `heapd serve --metrics PORT` serves the same over HTTP. Needs the extra heapd[metrics].
     """
     check_extra()
-    click.echo(expose(ask(one_endpoint(target, endpoint), Status(), timeout)), nl=False)
+    click.echo(expose(hc.daemon_status(str(one_endpoint(target, endpoint)), timeout=timeout)), nl=False)

@@ -9,11 +9,10 @@ from typing import Any, Final
 
 import click
 
-from heapd.cli.control import ask
+import heapd_client as hc
 from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, json_option, one_endpoint
 from heapd.units import format_size
 from heapd.wire import Endpoint
-from heapd.wire.messages import Status
 
 __all__ = ["status"]
 
@@ -34,7 +33,7 @@ def status(target: Endpoint | None, endpoint: Endpoint, as_json: bool, timeout: 
 
     --json has every figure; heapd/wire/PROTOCOL.md explains each.
     """
-    values: dict[str, Any] = ask(one_endpoint(target, endpoint), Status(), timeout)
+    values = hc.daemon_status(str(one_endpoint(target, endpoint)), timeout=timeout)
     if as_json:
         click.echo(json.dumps(values, indent=2))
         return

@@ -127,7 +127,7 @@ def test_an_interruption_ends_with_130(ending: Any, interruption: BaseException)
 def test_ctrl_c_in_a_real_command_leaves_no_traceback() -> None:
     """Whatever it was doing."""
     program = "import signal, sys; from heapd.cli import main; import heapd.cli.status as s\n" \
-        "s.ask = lambda *a: (print('asking', flush=True), signal.pause())\nmain(['status', 'nobody'])"  # fmt: skip
+        "s.hc.daemon_status = lambda *a, **k: (print('asking', flush=True), signal.pause())\nmain(['status', 'nobody'])"  # fmt: skip
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

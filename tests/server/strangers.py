@@ -19,7 +19,7 @@ _PRELUDE = """
 import os, socket, sys
 import zmq
 import heapd_client as hc
-import heapd.cli.control
+from heapd_client.control import ask
 from heapd.layout import LAYOUT_VERSION
 from heapd.wire import Endpoint, decode_reply, encode_request
 from heapd.wire.messages import Hello, Status, Stop

@@ -31,7 +31,7 @@ _REACH = """
             attempt(lambda: os.open("/dev/shm/" + name, mode))
         attempt(lambda: os.unlink("/dev/shm/" + name))
     attempt(lambda: hc.connect(endpoint, autostart=False))
-    attempt(lambda: heapd.cli.control.ask(where, Stop()))
+    attempt(lambda: ask(where, Stop(), 5))
 """
 
 _HELLO = """
@@ -189,8 +189,8 @@ def test_a_member_may_ask_but_not_stop_the_daemon(group_daemon: Daemon) -> None:
     """It is its user's; what the member allocated goes by the kernel's word on its death."""
     body = """
     where = Endpoint.parse(sys.argv[1])
-    attempt(lambda: heapd.cli.control.ask(where, Status())["name"])
-    attempt(lambda: heapd.cli.control.ask(where, Stop()))
+    attempt(lambda: ask(where, Status(), 5)["name"])
+    attempt(lambda: ask(where, Stop(), 5))
     attempt(lambda: os.unlink(where.control_path))
     """
     answers = run_as(NOBODY, body, group_daemon.endpoint, groups=[GROUP])
