@@ -177,7 +177,7 @@ class _Home:
         extent = max(pages_for(block._stem), 1) << PAGE_SHIFT  # when it was kept: it may have been resized since
         self.room += extent
         self.kept -= extent
-        if self.words[block.slot] == block._base:
+        if block._base and self.words[block.slot] == block._base:  # else its slot may be of a slab that has gone
             self.count(block.slot, block._base, block.extent)
 
     def end(self) -> None:

@@ -126,8 +126,13 @@ def test_an_interruption_ends_with_130(ending: Any, interruption: BaseException)
 
 def test_ctrl_c_in_a_real_command_leaves_no_traceback() -> None:
     """Whatever it was doing."""
-    program = "import signal, sys; from heapd.cli import main; import heapd.cli.status as s\n" \
-        "s.hc.daemon_status = lambda *a, **k: (print('asking', flush=True), signal.pause())\nmain(['status', 'nobody'])"  # fmt: skip
+    program = """
+import signal, sys
+import heapd_client as hc
+from heapd.cli import main
+hc.daemon_status = lambda *_, **__: (print('asking', flush=True), signal.pause())
+main(['status', 'nobody'])
+"""
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,23 @@ def test_a_run_of_a_heap_that_was_closed_here_cannot_be_freed(producer: hc.Heap,
         assert again.heap.is_live
         again.free()
         assert producer.statistics().busy_blocks == 0
+
+
+def test_nothing_is_read_where_a_run_has_moved_to_and_gone(producer: hc.Heap, consumer: hc.Heap) -> None:
+    """Its slab is decommitted, and to read its word would commit a page that the daemon knows nothing of."""
+    blocks = [producer.alloc(8 * KIB) for _ in range(4)]  # one cannot grow into the next
+    opened = hand_over(min(blocks, key=lambda block: block.address), consumer)
+    opened.realloc(9 * KIB)
+    assert not producer.session.arena.shape.is_run_slot(opened.slot)
+    opened.free()
+    segment = Path("/dev/shm") / producer.session.arena.name
+    for heap in (consumer, producer):
+        heap.trim()
+        heap.compact()
+    before = segment.stat().st_blocks * 512
+    assert before == producer.session.statistics().committed
+    consumer.session.close()
+    assert segment.stat().st_blocks * 512 == producer.session.statistics().committed <= before
 
 
 def test_an_object_of_the_owner_goes_stale_when_the_block_comes_home(producer: hc.Heap, consumer: hc.Heap) -> None:
