@@ -214,7 +214,7 @@ class FrontEnd:
         """Have the hot path look for runs that come home to the bin, and use a single one again and again. Costs those
         a little who have many in the stack."""
         if bin_.stream is None:
-            bin_.stream = Stream(self._words, bin_.stack, self._heap.away.of(bin_.key))
+            bin_.stream = Stream(self._words, bin_.stack, self._heap.away.of(bin_.key), is_large=bin_.is_large)
 
     def _drop_bins(self) -> None:
         """Forget the bins of large runs. Those that are allocated will come back as strangers."""

@@ -16,21 +16,33 @@ from .hotpath import is_unseen
 
 __all__ = ["Stream"]
 
+_LOOKS: Final = 16  # arbitrary: more frames are seldom in flight
 _ALONE: Final = 2  # references to a block that nobody has: a local name's, getrefcount's
 
 
 class Stream:
     """What the hot path takes a bin's runs from, in place of its stack.
 
-    Args: words (of the arena), stack (of the bin), away (its runs that were handed out, by slot).
+    Args: words (of the arena), stack (of the bin), away (its runs that were handed out, by slot, the one that is out
+    longest first), is_large (time is better spent on which of them to take).
     """
 
-    __slots__ = ("_away", "_stack", "_words")
+    __slots__ = ("_away", "_is_large", "_stack", "_words")
 
-    def __init__(self, words: memoryview, stack: list[Any], away: dict[int, Any]) -> None:
+    def __init__(self, words: memoryview, stack: list[Any], away: dict[int, Any], *, is_large: bool = False) -> None:
         self._words = words
         self._stack = stack
         self._away = away
+        self._is_large = is_large
+
+    def _newest_at_home(self) -> list[int]:
+        """The slot of the run at home that was handed out last: few go round then, and what was written to one is still
+        in the processor's caches. If there is none, of the one that is out longest."""
+        away, slots = self._away, list(self._away)  # other threads may change it
+        for slot in slots[: -_LOOKS - 1 : -1]:
+            if self._words[slot] == away[slot]._base:
+                return [slot]
+        return slots[:1]
 
     def pop(self, place: int) -> Any:
         """A cached block that nobody refers to: from the stack, or that came home, or the stack's last in a new object.
@@ -39,9 +51,9 @@ class Stream:
         Raises: IndexError or KeyError if there is none, or another thread was faster.
         """
         stack, away = self._stack, self._away
-        if len(stack) > 1:
+        if stack and len(stack) > 1:
             return stack.pop(place)
-        for slot in away:  # the one that is out longest
+        for slot in self._newest_at_home() if self._is_large else away:  # once: the one that is out longest
             block = away.pop(slot)
             try:
                 tail, page = block._tail

@@ -92,6 +92,19 @@ def test_alloc_takes_a_block_that_came_home(handed_out: Streaming) -> None:
     assert (list(handed_out.away), handed_out.slow, handed_out.depth) == ([9], [], 0)
 
 
+@pytest.mark.parametrize(("home", "taken"), [((8, 9, 10), 10), ((8, 9), 9), ((8,), 8), ((9,), 9)])
+def test_of_large_blocks_the_last_one_that_is_home_is_taken(home: tuple[int, ...], taken: int) -> None:
+    """So that few go round, whose bytes are in the processor's caches."""
+    rig = Streaming(locked=False, blocks=0)
+    rig.stack_of[SIZE + 15 >> 4] = Stream(rig.words, rig.stack, rig.away, is_large=True)
+    for number in range(3):
+        rig.hand_out(number)
+    for slot in home:
+        rig.come_home(slot)
+    assert rig.alloc(SIZE).slot == taken
+    assert taken not in rig.away
+
+
 def test_a_block_that_is_still_out_stays_so(handed_out: Streaming) -> None:
     """It is looked at last the next time; the slow path decides now."""
     before = handed_out.words[8]
