@@ -565,8 +565,8 @@ class Session:
             _kept_mapped.append(self.arena)
 
     def leave(self, patience_s: float) -> None:
-        """At the end of the process: close, unless another thread is still at work with it."""
-        if self._connection is not None and self._connection.is_shared:
+        """At the end of the process: close, unless another thread is still at work with it, or may be about to."""
+        if self._connection is not None and (self._connection.is_shared or threading.active_count() > 1):
             self._connection.drop(is_closed=False)
             self._is_left = True
         else:

@@ -227,6 +227,26 @@ def test_a_client_killed_while_it_attaches_leaves_the_arena(session: hc.Session)
     assert session.segment in os.listdir("/dev/shm")
 
 
+def test_a_thread_that_calls_only_when_the_interpreter_ends_says_nothing(session: hc.Session) -> None:
+    """A daemon thread that had not come to its first call by then. The session ends with the process."""
+    done = run(
+        """
+        import atexit, sys, threading, time, heapd_client as hc
+        session = hc.connect(sys.argv[1], autostart=False)
+        heap, go = session.create_heap(), threading.Event()
+        def work():
+            go.wait()
+            heap.lookup("never", timeout=60)
+        threading.Thread(target=work, daemon=True).start()
+        atexit._run_exitfuncs()
+        go.set()
+        time.sleep(0.2)  # for the thread to call
+        """,
+        session.endpoint,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_client_that_ends_untidily_says_nothing(session: hc.Session) -> None:
     """Views, blocks, locks and sessions left open at exit: nothing on stderr, and the arena stays."""
     done = run(
