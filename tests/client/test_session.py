@@ -231,20 +231,22 @@ def test_a_thread_that_calls_only_when_the_interpreter_ends_says_nothing(session
     """A daemon thread that had not come to its first call by then. The session ends with the process."""
     done = run(
         """
-        import atexit, sys, threading, time, heapd_client as hc
+        import atexit, sys, threading, heapd_client as hc
         session = hc.connect(sys.argv[1], autostart=False)
         heap, go = session.create_heap(), threading.Event()
         def work():
             go.wait()
             heap.lookup("never", timeout=60)
-        threading.Thread(target=work, daemon=True).start()
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
         atexit._run_exitfuncs()
         go.set()
-        time.sleep(0.2)  # for the thread to call
+        thread.join(0.3)
+        print(thread.is_alive())
         """,
         session.endpoint,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
 def test_a_client_that_ends_untidily_says_nothing(session: hc.Session) -> None:

@@ -236,14 +236,21 @@ def leave(
     return arena
 
 
+def publish_kept(session: hc.Session) -> hc.Block:
+    """A block that begins with b"kept", of a heap "work", published as "it"."""
+    heap = session.create_heap("work")
+    block = heap.alloc(1000)
+    block.view[:4] = b"kept"
+    heap.publish("it", block)
+    return block
+
+
 def test_what_both_left_is_gone_on_with_by_the_next(start_daemon: StartDaemon, name: str) -> None:
     """Server and supervisor were killed; a start by hand finds heaps, names and bytes as they were."""
     first = start_daemon(name=name)
     with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
-        heap = session.create_heap("work")
-        block = heap.alloc(1000)
-        block.view[:4] = b"kept"
-        heap.publish("it", block)
+        block = publish_kept(session)
+        heap = block.heap
         first.kill()
         second = start_daemon(name=name)
         assert (session.incarnation, session.daemon_pid) == (2, second.pid)
@@ -366,10 +373,7 @@ def test_a_header_that_a_client_scribbled_over_is_put_right(
     the words."""
     first = start_daemon(name=name)
     with hc.connect(first.endpoint, autostart=False, timeout=30) as session:
-        heap = session.create_heap("work")
-        block = heap.alloc(1000)
-        block.view[:4] = b"kept"
-        heap.publish("it", block)
+        heap = publish_kept(session).heap
         path = leave(first, header=words)
         second = start_daemon(name=name)
         assert second.segments()[0] == path.name
