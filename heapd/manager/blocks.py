@@ -243,7 +243,7 @@ class BlockOperations:
             taken += shared.heap.give_back(address, session.number, is_live)
             if seen % _WORDS_A_SLICE == 0:
                 yield None
-                if session.sweeps.get(shared.heap_id) != number:  # or the heap was closed
+                if shared.is_destroyed or session.sweeps.get(shared.heap_id) != number:
                     return taken
         shared.heap.pool.drop_empty()
         yield from self._directory.settle()

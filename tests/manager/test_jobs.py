@@ -362,6 +362,21 @@ def test_giving_everything_back_of_a_heap_that_is_destroyed_meanwhile_ends(clien
     check_manager(client.manager)
 
 
+def test_giving_everything_back_ends_with_the_session_and_its_heap(client: Client, other: Client) -> None:
+    """The client died meanwhile, and with it the heap: what lies there now is somebody else's."""
+    heap = client.create("shared")
+    for _ in range(16):
+        client.lease(heap, 40, 512)
+    task = client.begin(m.HeapGiveBack(heap.heap_id, [], 1))
+    assert not task.is_done
+    client.end()
+    taken = other.create("next")
+    kept = other.lease(taken, 40, 512)
+    assert 0 < task.result() < 2 * 4096
+    assert other.statistics(taken).cached_blocks == len(kept)
+    check_manager(other.manager)
+
+
 def test_a_newer_sweep_ends_an_older_one(client: Client) -> None:
     """Who waits for the newer one alone may cache blocks as soon as that is done."""
     heap = client.create("shared")
