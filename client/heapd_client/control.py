@@ -264,11 +264,12 @@ def daemon_status(endpoint: str | None = None, *, timeout: float = 10.0) -> dict
     return answer
 
 
-def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
+def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> int:
     """Ask the daemon to end; returns when its processes are gone.
 
-    Args:   endpoint (as for `connect`), timeout (seconds).
-    Raises: DaemonNotFoundError if none answers; DaemonLostError if it still runs at the timeout.
+    Args:    endpoint (as for `connect`), timeout (seconds).
+    Returns: the process id that its server had.
+    Raises:  DaemonNotFoundError if none answers; DaemonLostError if it still runs at the timeout.
     """
     import select
 
@@ -276,7 +277,7 @@ def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
     where = Endpoint.parse(endpoint)
     deadline = monotonic() + timeout
     try:
-        pid = ask(where, Status(), timeout)["pid"]
+        pid: int = ask(where, Status(), timeout)["pid"]
     except DaemonStoppedError:  # somebody else told it before
         raise not_found(where) from None
     holder = where.holder()  # the supervisor, if it has one
@@ -286,8 +287,9 @@ def stop_daemon(endpoint: str | None = None, *, timeout: float = 10.0) -> None:
             with suppress(OSError):  # in another pid namespace: its word has to do
                 processes.append(os.pidfd_open(each))
                 stack.callback(os.close, processes[-1])
-        with suppress(DaemonStoppedError):  # it may be gone before its answer is
+        with suppress(DaemonStoppedError, DaemonNotFoundError):  # somebody else told it, or it went without a word
             ask(where, Stop(), max(deadline - monotonic(), 0.1))
         for process in processes:
             if not select.select([process], [], [], max(deadline - monotonic(), 0.0))[0]:
                 raise DaemonLostError(f"the daemon at {where}, process {pid}, did not end within {timeout:g} s")
+    return pid

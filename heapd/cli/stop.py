@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import click
 
 import heapd_client as hc
 from heapd.cli.params import ENDPOINT, Seconds, endpoint_option, one_endpoint
-from heapd.errors import DaemonNotFoundError
 from heapd.wire import Endpoint
 
 __all__ = ["stop"]
@@ -21,7 +18,5 @@ __all__ = ["stop"]
 def stop(target: Endpoint | None, endpoint: Endpoint, timeout: float) -> None:
     """Stop a daemon and wait until it has ended; its heaps are gone then."""
     endpoint = one_endpoint(target, endpoint)
-    pid = hc.daemon_status(str(endpoint), timeout=timeout)["pid"]
-    with suppress(DaemonNotFoundError):  # somebody else told it before
-        hc.stop_daemon(str(endpoint), timeout=timeout)
+    pid = hc.stop_daemon(str(endpoint), timeout=timeout)
     click.echo(f"daemon {endpoint.name} (process {pid}) has stopped")

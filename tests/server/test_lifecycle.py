@@ -20,7 +20,8 @@ from heapd.layout import F_PERSISTENT, F_SERIALIZE, H_MAGIC, H_PID, H_START_TIME
 from heapd.server.credentials import start_time_of
 from heapd.server.leftovers import Claim, claim_segment, inspect_segment
 from heapd.wire import Endpoint
-from heapd.wire.messages import HeapDestroy, HeapOpen, SessionClose
+from heapd.wire.messages import HeapDestroy, HeapOpen, Request, SessionClose, Stop
+from heapd_client import control
 from tests.conftest import StartDaemon
 from tests.harness import Daemon, children_of, unique_name, wait_until
 from tests.server.raw import RawSession, connect_raw, hello, status
@@ -86,6 +87,22 @@ def test_stop_waits_until_it_has_ended(start_daemon: StartDaemon) -> None:
     assert f"process {server}" in stopped.stdout
     assert daemon.process.wait(1) == 0
     assert files_of(daemon) == []
+
+
+def test_stop_is_done_where_the_daemon_goes_between_its_questions(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks who the daemon is and then tells it to stop; what somebody else stopped meanwhile has stopped."""
+    daemon = start_daemon()
+    server, ask = daemon.pid, control.ask
+
+    def ask_too_late(endpoint: Endpoint, request: Request, timeout_s: float) -> object:
+        if isinstance(request, Stop):
+            daemon.stop()
+        return ask(endpoint, request, timeout_s)
+
+    monkeypatch.setattr(control, "ask", ask_too_late)
+    assert control.stop_daemon(daemon.endpoint) == server
 
 
 def test_who_stops_what_another_one_is_stopping_is_not_kept_waiting(start_daemon: StartDaemon) -> None:
