@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from operator import attrgetter
 from types import UnionType
 from typing import Annotated, Any, Final, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -169,35 +168,52 @@ def _check_of(hint: Any) -> Check:
     raise TypeError(f"no check is known for the annotation {hint!r}")
 
 
-def _accepting(hints: dict[str, Any], checks: dict[str, Check]) -> Callable[..., bool]:
-    """One function over all fields of a class, True if every check would find its value good.
+def _compile(kind: type[Request], hints: dict[str, Any], source: str, value: str) -> Callable[..., Any]:
+    """A function over all fields of a class, from source.
 
     The comparisons of ints and flags stand in it as source. It is called for every request on both sides, mostly with
-    cold caches, where a call for each field takes longer than all the rest of decoding.
+    cold caches, where a call for each field, or another function, takes longer than all the rest.
+
+    Args: source (of the function: {fields} is their values with commas, {are_good} true if every check finds its value
+    good, which comes first), value (source of one: {name} is the field's name, {place} its place in a frame).
     """
     conditions = []
-    for name, hint in hints.items():
+    scope = {"kind": kind, "pack": _pack, "version": PROTOCOL_VERSION, "op": kind.op}
+    for place, (name, hint) in enumerate(hints.items(), _ENVELOPE_ITEMS):
         limit = get_args(hint)[1] if get_origin(hint) is Annotated else None
+        given = f"(_{name} := {value.format(name=name, place=place)})"
         if isinstance(limit, Range):
-            conditions.append(f"type({name}) is int and {limit.low} <= {name} <= {limit.high}")
+            conditions.append(f"type{given} is int and {limit.low} <= _{name} <= {limit.high}")
         elif hint is bool:
-            conditions.append(f"type({name}) is bool")
+            conditions.append(f"type{given} is bool")
         else:
-            conditions.append(f"check_{name}({name}) is None")
-    source = f"lambda {', '.join(hints)}: {' and '.join(conditions) or True}"
-    accepts: Callable[..., bool] = eval(source, {f"check_{name}": check for name, check in checks.items()})
-    return accepts
+            conditions.append(f"check_{name}{given} is None")
+            scope[f"check_{name}"] = _check_of(hint)
+    values = "".join(f"_{name}, " for name in hints)
+    function: Callable[..., Any] = eval(
+        source.format(fields=values, are_good=" and ".join(conditions) or "True", count=_ENVELOPE_ITEMS + len(hints)),
+        scope,
+    )
+    return function
+
+
+_ENCODE: Final = "lambda request, number, token: pack((version, op, number, token, {fields})) if {are_good} else None"
+_BUILD: Final = "lambda items: kind({fields}) if len(items) == {count} and {are_good} else None"
 
 
 class _Shape(NamedTuple):
-    """How a request class reads and writes: field names, their checks, one test of them all, how many have no default,
-    a field getter."""
+    """How a request class reads and writes.
+
+    Fields: names (of its fields), checks (theirs), required (fields without a default), encode (request, its id, token
+    -> frame; None if a check refuses a field), build (items of a frame -> request; None if they are not as many as it
+    has fields, or a check refuses one).
+    """
 
     names: tuple[str, ...]
     checks: tuple[Check, ...]
-    accepts: Callable[..., bool]
     required: int
-    values: Callable[[Any], tuple[Any, ...]]
+    encode: Callable[[Request, int, bytes], bytes | None]
+    build: Callable[[list[Any]], Request | None]
 
     def fault_of(self, values: Sequence[Any]) -> tuple[str, str]:
         """The first field whose check refuses its value, and what was expected. Fewer values than fields are fine."""
@@ -206,19 +222,16 @@ class _Shape(NamedTuple):
 
 
 def _shape_of(kind: type[Request]) -> _Shape:
-    hints = get_type_hints(kind, include_extras=True)
-    names = tuple(field.name for field in fields(kind))
+    annotations = get_type_hints(kind, include_extras=True)
+    hints = {field.name: annotations[field.name] for field in fields(kind)}
     required = sum(field.default is MISSING and field.default_factory is MISSING for field in fields(kind))
-    if len(names) > 1:
-        values: Callable[[Any], tuple[Any, ...]] = attrgetter(*names)
-    else:
-        # attrgetter gives the bare value for one name and refuses none.
-        def values(request: Any) -> tuple[Any, ...]:
-            return tuple(getattr(request, name) for name in names)
-
-    checks = {name: _check_of(hints[name]) for name in names}
-    accepts = _accepting({name: hints[name] for name in names}, checks)
-    return _Shape(names, tuple(checks.values()), accepts, required, values)
+    return _Shape(
+        tuple(hints),
+        tuple(map(_check_of, hints.values())),
+        required,
+        _compile(kind, hints, _ENCODE, "request.{name}"),
+        _compile(kind, hints, _BUILD, "items[{place}]"),
+    )
 
 
 class _Shapes(dict[type[Request], _Shape]):
@@ -241,11 +254,10 @@ def encode_request(request: Request, request_id: int, token: bytes = b"") -> byt
             over MAX_REQUEST_BYTES (the daemon would cut the connection). Nothing has been sent.
     """
     shape = _SHAPES[type(request)]
-    values = shape.values(request)
-    if not shape.accepts(*values):
-        name, fault = shape.fault_of(values)
+    frame = shape.encode(request, request_id, token)
+    if frame is None:
+        name, fault = shape.fault_of([getattr(request, name) for name in shape.names])
         raise InvalidArgumentError(f"{request.name}: {name}: {fault}", field=name)
-    frame: bytes = _pack((PROTOCOL_VERSION, request.op, request_id, token, *values))
     if len(frame) > MAX_REQUEST_BYTES:
         raise MessageTooLargeError(
             f"{request.name}: the request takes {len(frame)} bytes; one may take {MAX_REQUEST_BYTES}",
@@ -286,13 +298,16 @@ def decode_request(frame: bytes, ops: Mapping[int, type[Request]]) -> Envelope:
         raise UnknownOpError(f"no operation {_describe(op)} on this socket", request_id=request_id)
     if type(token) is not bytes or len(token) not in (0, TOKEN_BYTES):
         raise MessageError(f"a session's token is {TOKEN_BYTES} bytes, or none", request_id=request_id)
-    del items[:_ENVELOPE_ITEMS]
-    envelope: Envelope = _new(Envelope, (request_id, token, _build(kind, items, request_id)))
+    request = _SHAPES[kind].build(items)
+    if request is None:
+        request = _build(kind, items[_ENVELOPE_ITEMS:], request_id)
+    envelope: Envelope = _new(Envelope, (request_id, token, request))
     return envelope
 
 
 def _build(kind: type[Request], values: list[Any], request_id: int) -> Request:
-    """The message of class `kind` from its fields; extra ones are a newer client's, missing ones have defaults."""
+    """The message of class `kind` from fields that are not just its own; extra ones are a newer client's, missing ones
+    have defaults."""
     shape = _SHAPES[kind]
     if len(values) != len(shape.names):
         if len(values) < shape.required:
@@ -300,10 +315,9 @@ def _build(kind: type[Request], values: list[Any], request_id: int) -> Request:
                 f"{kind.name}: {shape.required} fields are needed, {len(values)} came", request_id=request_id
             )
         del values[len(shape.names) :]
-    if len(values) < len(shape.names) or not shape.accepts(*values):
-        name, fault = shape.fault_of(values)
-        if name:
-            raise MessageError(f"{kind.name}: {name}: {fault}", request_id=request_id, field=name)
+    name, fault = shape.fault_of(values)
+    if name:
+        raise MessageError(f"{kind.name}: {name}: {fault}", request_id=request_id, field=name)
     return kind(*values)
 
 
