@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from .heap import Heap
 
-__all__ = ["Block", "Visitor"]
+__all__ = ["Block", "Visitor", "freed_elsewhere"]
 
 _new_handle: Callable[..., Handle] = tuple.__new__  # without the Python function that the class calls
 _RUN_GENERATION, _SLAB_GENERATION = RUN_WORD.generation_shift, SLAB_WORD.generation_shift
@@ -167,7 +167,7 @@ class Block:
         try:
             word = self.heap.word_of(self)
         except DoubleFreeError:
-            raise StaleHandleError(f"the block at {self.address:#x} was freed", address=self.address) from None
+            raise freed_elsewhere(self) from None
         if word != self.word:
             del view  # a reference too many
             self.release_views()
@@ -311,3 +311,8 @@ def _is_alive(view: memoryview) -> bool:
     except ValueError:
         return False
     return True
+
+
+def freed_elsewhere(block: Block) -> StaleHandleError:
+    """What to say of a block that another process freed, or whose slab or run has gone since."""
+    return StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from heapd.errors import ClosedError, HeapDestroyedError, LockTimeoutError, StaleHandleError
+from heapd.errors import ClosedError, HeapDestroyedError, LockTimeoutError
 from heapd.layout import (
     C_ACQUIRED,
     C_CONTENDED,
@@ -32,13 +32,14 @@ from heapd.units import PAGE_SHIFT, PAGE_SIZE, pages_for
 from heapd.wire import messages as ask
 
 from .arguments import as_timeout
+from .block import Block, freed_elsewhere
 from .frontend import FrontEnd, check_busy
 from .homing import Away, Homes
 from .hotpath import Lock, is_quiet
 from .locking import HeldLock
 
 if TYPE_CHECKING:
-    from .block import Block
+    from .allocating import AllocatingHeap
     from .heap import Heap
     from .mapping import Mapping
     from .session import Session
@@ -48,7 +49,7 @@ __all__ = ["HeapCore", "deferred", "working"]
 # Threads (by ident) that are in some front end now. What a finaliser frees there waits in `deferred`: the lists are in
 # the middle of a change, and to wait for another heap's gate or mutex could be to wait for ever.
 working: Final[set[int]] = set()
-deferred: Final[deque[tuple[Heap, Block]]] = deque()
+deferred: Final[deque[tuple[AllocatingHeap, Block]]] = deque()
 
 
 class HeapCore:
@@ -250,7 +251,7 @@ class HeapCore:
             return check_busy(self._words[slot], block, RUN_WORD)
         # A slab may be gone; to read there would commit its page.
         if not self.mapping.is_committed(slot // (PAGE_SIZE // WORD)):
-            raise StaleHandleError(f"the block at {block.address:#x} was freed", address=block.address)
+            raise freed_elsewhere(block)
         return check_busy(self._words[slot], block, SLAB_WORD)
 
     def has_unchanged(self, block: Block) -> bool:

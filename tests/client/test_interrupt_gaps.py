@@ -21,7 +21,7 @@ _HARMLESS = {
     "Connection._ask_again",  # the rest is asked again by the next call
     "stop_daemon",  # it only suppresses errors, as do the next ones
     "Session.close",
-    "Heap._alloc",  # of what is suppressed: not where a block is held
+    "AllocatingHeap._alloc",  # of what is suppressed: not where a block is held
     "OpenHeap.alloc",  # jumps back without a block only
 }
 
