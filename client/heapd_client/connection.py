@@ -3,8 +3,9 @@
 A call sends one frame and waits for the answer with its id in slices, of SLICE_MS at first. Between slices it looks
 whether the daemon is still there, and repeats the frame now and then: the daemon remembers what it answered, so that a
 repeat is never executed twice. A wait that an exception ends (Ctrl-C, a deadline) leaves its id behind as abandoned;
-the late answer, should it come, is handed to `on_late`, so that what it granted is not lost, and the next call goes on
-undisturbed.
+its answer, when it comes, is handed to `on_late`, so that what it granted is not lost. After a deadline the next call
+goes on undisturbed. After an exception it first hears what became of the one before: an answer may have been lost with
+the exception, and is asked for again while the daemon remembers it.
 
 A daemon that dies is started again on the same arena, and says in the arena's header who it is now. A call that was
 under way repeats its frame to that one, which remembers the answers of the one before; until there is one, the call
@@ -19,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import count
 from math import ceil, inf
 from time import monotonic
@@ -37,7 +37,7 @@ from heapd.errors import (
     MessageError,
     error_from_wire,
 )
-from heapd.wire import Endpoint, Reply, Request, decode_reply, encode_request
+from heapd.wire import KEPT_REPLIES, Endpoint, Reply, Request, decode_reply, encode_request
 from heapd.wire.messages import HeapAlloc, HeapAllocMany, HeapLease
 
 from .control import SLICE_MS, Greeting, ProcessWatch, is_process_alive, open_socket
@@ -116,6 +116,7 @@ class Connection:
         self._context = context
         self._token = greeting.token
         self._ids = count(1)
+        self._newest_id = 0
         self._on_late = on_late
         self._arena = arena
         self._local = threading.local()
@@ -135,8 +136,6 @@ class Connection:
                 again).
         Raises: what the daemon answers; DaemonStoppedError, DaemonLostError; ClosedError after close.
         """
-        request_id = next(self._ids)
-        frame = encode_request(request, request_id, self._token)
         try:
             channel: _Channel = self._local.channel
         except AttributeError:
@@ -148,9 +147,11 @@ class Connection:
         with channel.lock:
             if self.is_closed:
                 raise ClosedError("the session is closed")
-            channel.last = request, request_id, frame
             if channel.is_shaken:
-                self._ask_again(channel)
+                self._catch_up(channel, until)
+            self._newest_id = request_id = next(self._ids)
+            frame = encode_request(request, request_id, self._token)
+            channel.last = request, request_id, frame
             dealer, is_sent = channel.socket, False
             try:
                 try:
@@ -195,14 +196,23 @@ class Connection:
                 channel.is_shaken = True
                 self._abandon(channel, request_id, request, frame)
 
-    def _ask_again(self, channel: _Channel) -> None:
-        """After an interrupt: ask once more for blocks that we may have been given. The daemon remembers its answers,
-        and what it leased it finds by itself."""
-        with suppress(zmq.Again):
-            for request, frame in list(channel.abandoned.values()):
-                if isinstance(request, (HeapAlloc, HeapAllocMany)):
-                    _raw_send(channel.socket, frame)
-            channel.is_shaken = False
+    def _catch_up(self, channel: _Channel, until: float) -> None:
+        """After an interrupt, before anything new is asked: hear what became of the calls that were given up, and ask
+        again for blocks that we may have been given. The daemon remembers so many answers only, and would carry out
+        again what it has forgotten. What it leased it finds by itself.
+
+        Args: until (as for `call`).
+        """
+        while channel.socket.poll(0):
+            self._take_late(channel, decode_reply(_raw_recv(channel.socket)))
+        for given_up, (request, frame) in list(channel.abandoned.items()):
+            if isinstance(request, HeapLease) or given_up not in channel.abandoned:
+                continue
+            if self._newest_id - given_up < KEPT_REPLIES:
+                self._take_late(channel, self._wait(channel, request, frame, given_up, False, 0.0, until))
+            else:  # other threads have asked that much meanwhile
+                del channel.abandoned[given_up]
+        channel.is_shaken = False
 
     # -- the slow path: no answer within a slice, or somebody else's ---------------------------------------------------
     def _wait(

@@ -3,10 +3,9 @@
 from heapd.manager.ledger import LedgerHeader, count_persistent, read_ledger_header, stop_ledger
 from heapd.manager.manager import HeapManager, Job, Limits
 from heapd.manager.names import Waiter
-from heapd.manager.sessions import KEPT_REPLIES, Session
+from heapd.manager.sessions import Session
 
 __all__ = [
-    "KEPT_REPLIES",
     "HeapManager",
     "Job",
     "LedgerHeader",

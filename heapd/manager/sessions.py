@@ -19,10 +19,9 @@ from heapd.records import SessionInfo
 if TYPE_CHECKING:
     from heapd.manager.shared import SharedHeap
 
-__all__ = ["KEPT_REPLIES", "Session", "Sessions"]
+__all__ = ["Session", "Sessions"]
 
 TOKEN_BYTES = 16
-KEPT_REPLIES = 64  # a session; arbitrary: more than the threads of a process that wait at once
 
 
 @dataclass(slots=True, eq=False)

@@ -8,10 +8,9 @@ from dataclasses import is_dataclass
 from typing import Any, Final
 
 from heapd.errors import HeapdError, InternalError
-from heapd.manager import KEPT_REPLIES
 from heapd.records import as_tuple
 from heapd.service.backend import Job, Waiter
-from heapd.wire import encode_error, encode_reply
+from heapd.wire import KEPT_REPLIES, encode_error, encode_reply
 
 __all__ = ["Deferred", "ReplyMemory", "RunningJob", "answer_of_fault"]
 

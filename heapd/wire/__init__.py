@@ -20,6 +20,7 @@ from heapd.wire.endpoint import DEFAULT_NAME, LEDGER_SUFFIX, Endpoint, own_direc
 from heapd.wire.folder import JobFolder, abandoned_folders
 from heapd.wire.messages import (
     CONTROL_OPS,
+    KEPT_REPLIES,
     MAX_BATCH,
     MAX_NAME_BYTES,
     MAX_REQUEST_BYTES,
@@ -32,6 +33,7 @@ from heapd.wire.messages import (
 __all__ = [
     "CONTROL_OPS",
     "DEFAULT_NAME",
+    "KEPT_REPLIES",
     "MAX_BATCH",
     "MAX_NAME_BYTES",
     "MAX_REPLY_BYTES",

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Final, NamedTuple
 __all__ = [
     "CONTROL_OPS",
     "OPS",
+    "KEPT_REPLIES",
     "PROTOCOL_VERSION",
     "Range",
     "Request",
@@ -25,6 +26,7 @@ MAX_REQUEST_BYTES: Final = 64 * 1024  # one request frame; a larger one cuts the
 MAX_BATCH: Final = 4096  # blocks in one alloc_many, free_many, give_back
 MAX_NAME_BYTES: Final = 255  # UTF-8 bytes of a heap's or block's name
 TOKEN_BYTES: Final = 16
+KEPT_REPLIES: Final = 64  # of a session, for repeats; arbitrary: more than the threads of a process that wait at once
 
 
 class Range(NamedTuple):

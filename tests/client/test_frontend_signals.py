@@ -7,7 +7,9 @@ trim), every allocated block has an owner who knows of it, the lock is free, the
 from __future__ import annotations
 
 import gc
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 
 import heapd_client as hc
 from heapd.units import MIB
+from heapd.wire import KEPT_REPLIES
 from heapd_client import errors
 from tests.client.tools import check_empty, count_requests, interrupts
 from tests.harness import Daemon, wait_until
@@ -165,6 +168,21 @@ def _is_busy(block: hc.Block) -> bool:
     except (errors.DoubleFreeError, errors.StaleHandleError):
         return False
     return True
+
+
+def test_more_interrupts_in_a_row_than_the_daemon_remembers_answers_lose_no_block(daemon: Daemon) -> None:
+    """However long it takes to answer: what it has forgotten it would carry out again, so that is not asked again."""
+    server = daemon.pid
+    with hc.connect(daemon.endpoint, autostart=False, front_end=False) as session:
+        heap = session.create_heap()
+        os.kill(server, signal.SIGSTOP)
+        try:
+            with interrupts() as attempt:
+                for _ in range(2 * KEPT_REPLIES):
+                    assert attempt(5e-4, heap.alloc, 64)
+        finally:
+            os.kill(server, signal.SIGCONT)
+        check_whole(heap, [])
 
 
 def test_interrupted_locks_are_held_or_not(session: hc.Session) -> None:

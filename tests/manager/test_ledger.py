@@ -13,7 +13,7 @@ import pytest
 from heapd.errors import HeapExistsError, HeapFullError, SegmentError
 from heapd.journal import BLOCK_SHIFT
 from heapd.layout import H_INCARNATION
-from heapd.manager import KEPT_REPLIES, HeapManager
+from heapd.manager import HeapManager
 from heapd.manager.ledger import Ledger, Volume
 from heapd.manager.ledger.records import pack_bits, unpack_bits
 from heapd.records import Grant, HeapInfo
@@ -110,8 +110,8 @@ def test_the_last_answers_are_remembered(it: Mortal, client: Client, is_compacte
         HeapManager.handle(it.manager, client.session, m.HeapCreate(f"h{request_id}", 0, 0, 0))
         answer = b"answer %d" % request_id
         client.session.replies[request_id] = answer
-        if len(client.session.replies) > KEPT_REPLIES:
-            del client.session.replies[request_id - KEPT_REPLIES]
+        if len(client.session.replies) > m.KEPT_REPLIES:
+            del client.session.replies[request_id - m.KEPT_REPLIES]
         it.manager.commit(client.session, request_id, answer)
     if is_compacted:
         finish(it.manager.compaction())

@@ -16,9 +16,9 @@ import msgpack
 from heapd import journal as j
 from heapd.errors import SegmentError
 from heapd.layout import HEAP_INDEX_BITS, PAGE_COMMITTED
-from heapd.manager.sessions import KEPT_REPLIES
 from heapd.sizeclass import CLASSES
 from heapd.units import PAGE_SHIFT
+from heapd.wire import KEPT_REPLIES
 
 __all__ = ["HeapRecord", "Records", "SessionRecord", "SlabRecord", "pack_bits", "unpack_bits"]
 
