@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
+from typing import Final
 
 from heapd.errors import DaemonRunningError, SegmentError
 from heapd.server.credentials import start_time_of
 from heapd.wire import Endpoint
 
 __all__ = ["DaemonLock"]
+
+_PATIENCE_S: Final = 1.0  # arbitrary: a thousand times as long as those hold the lock who are no daemon
+_POLL_S: Final = 0.005
 
 
 class DaemonLock:
@@ -28,12 +33,15 @@ class DaemonLock:
     def acquire(cls, endpoint: Endpoint, gid: int | None = None) -> DaemonLock:
         """Take the lock and write this process's id and start time into the file.
 
+        Waits a moment for a holder that is no daemon: one that only looks, or removes what a killed daemon left, or is
+        that daemon, whose last thread is about to end.
         Args:   gid (the group that the daemon is open to: its members may read there whether to wait for a restart).
 
         Raises: DaemonRunningError, naming the process that serves the endpoint; SegmentError if the file cannot be
                 made.
         """
         path = endpoint.lock_path
+        deadline = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -46,8 +54,11 @@ class DaemonLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                holder = endpoint.holder()
-                raise _running(endpoint, holder[0] if holder is not None else None) from None
+                daemon = _daemon_of(endpoint)
+                if daemon is not None or time.monotonic() >= deadline:
+                    raise _running(endpoint, daemon) from None
+                time.sleep(_POLL_S)
+                continue
             if _is_at(descriptor, path):
                 break
             os.close(descriptor)  # its holder removed it while we waited for nothing: take the new one
@@ -96,6 +107,12 @@ def _is_at(descriptor: int, path: str) -> bool:
         return False
     here = os.fstat(descriptor)
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _daemon_of(endpoint: Endpoint) -> int | None:
+    """The process that the lock file names, None if it has died or nobody is named."""
+    pid, start_time = endpoint.holder() or (0, 0)
+    return pid if pid and start_time_of(pid) == start_time else None
 
 
 def _running(endpoint: Endpoint, pid: int | None) -> DaemonRunningError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,10 +62,21 @@ def test_a_holder_that_has_not_written_who_it_is_is_another_process(endpoint: En
     lock.release()
 
 
+def test_a_holder_that_is_no_daemon_is_waited_for(endpoint: Endpoint) -> None:
+    """`heapd gc` and `heapd doctor` hold it for a moment, which keeps no daemon from its start."""
+    Path(endpoint.lock_path).write_text("")
+    looking = os.open(endpoint.lock_path, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    done = threading.Timer(0.2, os.close, [looking])
+    done.start()
+    try:
+        DaemonLock.acquire(endpoint).release()
+    finally:
+        done.join()
+
+
 def test_a_lock_whose_file_was_removed_does_not_count(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever opened the file just before its holder removed it has locked nothing, and begins again."""
-    import fcntl
-
     real = fcntl.flock
     removed: list[str] = []
 
