@@ -30,6 +30,7 @@ from heapd.errors import (
 from heapd.layout import LAYOUT_VERSION
 from heapd.wire import (
     MAX_REPLY_BYTES,
+    SHUT_SUFFIX,
     TOKEN_BYTES,
     Endpoint,
     Request,
@@ -188,10 +189,18 @@ def await_daemon(endpoint: Endpoint, deadline: float) -> int | None:
 
     Args:    deadline (monotonic seconds).
     Returns: as find_listener; None at once where nobody holds the endpoint's lock.
+    Raises:  AccessError; DaemonLostError if a daemon is there, and lets no new client in until the deadline.
     """
     while (listener := find_listener(endpoint.control_path)) is None:
         holder = endpoint.holder()
-        if holder is None or not is_process_alive(*holder) or monotonic() >= deadline:
+        if holder is None or not is_process_alive(*holder):
+            return None
+        if monotonic() >= deadline:
+            if os.path.lexists(endpoint.control_path + SHUT_SUFFIX):
+                raise DaemonLostError(
+                    f"the daemon at {endpoint} lets no new client in: it has as many descriptors open as it may; end "
+                    f"some clients, or raise its limit (LimitNOFILE= in systemd, ulimit -n)"
+                )
             return None
         sleep(_POLL_S)
     return listener
@@ -204,8 +213,8 @@ def ask(
 
     It is asked again of the next daemon if one dies over it.
     Raises: DaemonNotFoundError at once if nobody listens and nobody is about to; DaemonLostError if there is no answer
-            within `timeout_s` seconds; SegmentError if somebody else could have put the socket there; else what the
-            daemon answers.
+            within `timeout_s` seconds, or nobody new is let in; SegmentError if somebody else could have put the socket
+            there; else what the daemon answers.
     """
     deadline = monotonic() + timeout_s
     if os.path.lexists(endpoint.directory):

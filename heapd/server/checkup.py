@@ -29,6 +29,7 @@ from heapd.mutex import Mutex, init
 from heapd.server.config import DEFAULT_RESERVE
 from heapd.server.credentials import SO_PEERPIDFD
 from heapd.server.garbage import find_leftovers
+from heapd.server.guards import MIN_DESCRIPTORS, room_for_clients
 from heapd.units import GRANULE_PAGES, MIB, PAGE_SIZE, format_size
 from heapd.wire import DEFAULT_NAME, Endpoint, check_directory, runtime_directory
 
@@ -38,7 +39,6 @@ OK: Final = "ok"
 WARNING: Final = "warning"
 PROBLEM: Final = "problem"
 
-_DESCRIPTORS_A_CLIENT: Final = 3  # two connections and a pidfd
 _SMALL_SHM: Final = 64 * MIB  # what containers give by default
 _SLOW_CLOCK_NS: Final = 1_000  # arbitrary; a request reads the clock a few times
 _EXTRAS: Final = {"numpy": "numpy", "matplotlib": "plot", "prometheus_client": "metrics"}
@@ -214,10 +214,14 @@ def _headroom() -> _Findings:
 # -- limits --------------------------------------------------------------------------------------------------------
 def _descriptors() -> _Findings:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    clients = (hard - min(hard // 2, 1024)) // _DESCRIPTORS_A_CLIENT
-    found = f"descriptors: {soft:,}, which a daemon raises to {hard:,}: about {clients:,} client processes"
-    if hard < 4096:
-        yield WARNING, found, "raise the hard limit: LimitNOFILE= in systemd, nofile in /etc/security/limits.conf"
+    found = (
+        f"descriptors: {soft:,}, which a daemon raises to {hard:,}: about {room_for_clients(hard):,} client processes"
+    )
+    advice = "raise the hard limit: LimitNOFILE= in systemd, nofile in /etc/security/limits.conf"
+    if hard < MIN_DESCRIPTORS:
+        yield PROBLEM, f"descriptors: at most {hard:,}, and a daemon needs {MIN_DESCRIPTORS}", advice
+    elif hard < 4096:
+        yield WARNING, found, advice
     else:
         yield OK, found
 

@@ -29,10 +29,17 @@ from typing import Final
 from heapd.errors import DaemonRunningError, HeapdError, SegmentError
 from heapd.layout import WORD
 from heapd.manager import count_persistent
-from heapd.server.gate import SHUT_SUFFIX
 from heapd.server.leftovers import clear_sockets, inspect_segment, mark_stopped
 from heapd.server.lock import DaemonLock
-from heapd.wire import LEDGER_SUFFIX, Endpoint, abandoned_folders, check_directory, own_directory, runtime_directory
+from heapd.wire import (
+    LEDGER_SUFFIX,
+    SHUT_SUFFIX,
+    Endpoint,
+    abandoned_folders,
+    check_directory,
+    own_directory,
+    runtime_directory,
+)
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftover"]
 

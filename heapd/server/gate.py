@@ -15,11 +15,9 @@ from typing import Final
 import zmq
 
 from heapd.server.config import Config
-from heapd.wire import MAX_REQUEST_BYTES, Access
+from heapd.wire import MAX_REQUEST_BYTES, SHUT_SUFFIX, Access
 
-__all__ = ["SHUT_SUFFIX", "Gate"]
-
-SHUT_SUFFIX: Final = ".shut"  # of a socket file while its gate is shut
+__all__ = ["Gate"]
 
 _MANDATORY: Final = 1  # a reply to somebody who has left, or does not read, is an error and not a silent loss
 

@@ -10,20 +10,44 @@ import os
 import resource
 from typing import Final
 
+from heapd.errors import LimitError
 from heapd.units import PAGE_SIZE
 
-__all__ = ["DescriptorGuard", "MemoryGuard", "raise_descriptor_limit"]
+__all__ = ["MIN_DESCRIPTORS", "DescriptorGuard", "MemoryGuard", "raise_descriptor_limit", "room_for_clients"]
+
+MIN_DESCRIPTORS: Final = 256  # arbitrary: thirty clients; with less, a crowd comes faster than gates are shut
+_OWN: Final = 34  # of a daemon without clients: 26 measured, 31 with --metrics, and some that it was started with
+_A_CLIENT: Final = 3  # two connections and a pidfd
 
 _MARGIN: Final = 1024  # descriptors kept back: what libzmq's thread may accept during the loop's longest stall
 _MIN_STEP: Final = 16  # connections between two counts, when close to the cap
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit on descriptors to the hard one. Returns: the limit."""
+    """Raise the soft limit on descriptors to the hard one. Returns: the limit.
+
+    Raises: LimitError if that is too low for a daemon.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < MIN_DESCRIPTORS:
+        raise LimitError(
+            f"a daemon needs {MIN_DESCRIPTORS} file descriptors at least, three a client and some of its own, and this "
+            f"process may have {hard}: raise the hard limit (ulimit -n, LimitNOFILE= in systemd)",
+            limit=hard,
+        )
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def room_for_clients(limit: int) -> int:
+    """About how many client processes fit into so many descriptors."""
+    return max(0, _cap(limit) - _OWN) // _A_CLIENT
+
+
+def _cap(limit: int) -> int:
+    """Descriptors at which new clients are kept out."""
+    return limit - min(limit // 2, _MARGIN)
 
 
 class DescriptorGuard:
@@ -35,7 +59,7 @@ class DescriptorGuard:
     """
 
     def __init__(self, limit: int) -> None:
-        self.cap = limit - min(limit // 2, _MARGIN)
+        self.cap = _cap(limit)
         self.reopen_below = self.cap * 3 // 4
         self._counted = count_descriptors()
         self._since = 0

@@ -34,9 +34,8 @@ from heapd.layout import (
 )
 from heapd.manager import LedgerHeader, read_ledger_header, stop_ledger
 from heapd.server.credentials import start_time_of
-from heapd.server.gate import SHUT_SUFFIX
 from heapd.units import GRANULE_SIZE, PAGE_SHIFT, align_up, format_size
-from heapd.wire import LEDGER_SUFFIX, Endpoint
+from heapd.wire import LEDGER_SUFFIX, SHUT_SUFFIX, Endpoint
 
 __all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "inspect_segment", "mark_stopped"]
 

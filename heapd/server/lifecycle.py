@@ -1,6 +1,6 @@
 """A daemon's life from its first check to its last unlink.
 
-Order matters. Up: directory, lock, leftovers of a crash, descriptors, arena, sockets, "ready". Down, on a stop or on
+Order matters. Up: descriptors, directory, lock, leftovers of a crash, arena, sockets, "ready". Down, on a stop or on
 any error on the way up: sockets, arena, lock. Nothing is bound and nothing of another daemon's is touched before the
 lock is held.
 
@@ -54,15 +54,15 @@ def serve(config: Config, link: SupervisorLink | None = None) -> None:
     Args:    link (to the supervisor that forked this process, None: there is none).
     Returns: after a stop by request, signal or idleness; sockets, arena and lock file are gone. The lock file of a
              supervisor is left to it.
-    Raises:  DaemonRunningError if the endpoint is served already; InvalidArgumentError, SegmentError, HeapFullError
-             if the daemon cannot start. Nothing of it is left then.
+    Raises:  DaemonRunningError if the endpoint is served already; InvalidArgumentError, SegmentError, HeapFullError,
+             LimitError if the daemon cannot start. Nothing of it is left then.
     """
     endpoint = config.endpoint
+    limit = raise_descriptor_limit()
     prepare_directory(config)
     with contextlib.ExitStack() as stack:
         lock = DaemonLock.acquire(endpoint, config.gid) if link is None else link.lock
         stack.callback(lock.release)
-        limit = raise_descriptor_limit()
         claim = claim_segment(endpoint, config.reserve)
         clear_sockets(endpoint)  # now that it is known that no daemon lives which they could belong to
         promise = stack.enter_context(_Promise(claim.is_there))

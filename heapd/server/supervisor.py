@@ -32,6 +32,7 @@ from typing import Any, Final, NoReturn
 
 from heapd.errors import DaemonLostError, HeapdError, SegmentError
 from heapd.server.config import Config
+from heapd.server.guards import raise_descriptor_limit
 from heapd.server.leftovers import discard
 from heapd.server.lifecycle import STOP_SIGNALS, prepare_directory, say_ready, serve
 from heapd.server.link import READY, STOPPING, Pulse, SupervisorLink
@@ -59,6 +60,7 @@ def supervise(config: Config) -> None:
     if not config.restarts:
         serve(config)
         return
+    raise_descriptor_limit()
     prepare_directory(config)
     lock = DaemonLock.acquire(config.endpoint, config.gid)
     try:

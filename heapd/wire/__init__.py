@@ -16,7 +16,7 @@ from heapd.wire.codec import (
     encode_reply,
     encode_request,
 )
-from heapd.wire.endpoint import DEFAULT_NAME, LEDGER_SUFFIX, Endpoint, own_directory, runtime_directory
+from heapd.wire.endpoint import DEFAULT_NAME, LEDGER_SUFFIX, SHUT_SUFFIX, Endpoint, own_directory, runtime_directory
 from heapd.wire.folder import JobFolder, abandoned_folders
 from heapd.wire.messages import (
     CONTROL_OPS,
@@ -44,6 +44,7 @@ __all__ = [
     "TOKEN_BYTES",
     "Access",
     "LEDGER_SUFFIX",
+    "SHUT_SUFFIX",
     "Endpoint",
     "Envelope",
     "JobFolder",

@@ -22,12 +22,14 @@ from heapd.errors import InvalidArgumentError
 __all__ = [
     "DEFAULT_NAME",
     "LEDGER_SUFFIX",
+    "SHUT_SUFFIX",
     "Endpoint",
     "own_directory",
     "runtime_directory",
 ]
 
 DEFAULT_NAME: Final = "default"
+SHUT_SUFFIX: Final = ".shut"  # of a socket's file while descriptors are scarce, and no new client is let in
 LEDGER_SUFFIX: Final = "-ledger"  # of the segment with the daemon's own records, after the arena's name
 _SCHEME: Final = "ipc://"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -39,9 +39,9 @@ def test_so_many_client_processes_at_once(clients: int, seconds: float) -> None:
 # -- descriptors -------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def small_daemon(start_daemon: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Daemon:
-    """A daemon with 200 descriptors at most."""
+    """A daemon with 256 descriptors at most."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nulimit -n 200\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nulimit -n 256\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     return start_daemon()

@@ -102,13 +102,20 @@ def test_the_tightest_bound_on_memory(monkeypatch: Patch, size: int, source: str
     assert advice in finding.advice
 
 
-@pytest.mark.parametrize(("hard", "level"), [(1024, WARNING), (4095, WARNING), (1 << 20, OK)])
+@pytest.mark.parametrize(("hard", "level"), [(1024, WARNING), (256, WARNING), (4095, WARNING), (1 << 20, OK)])
 def test_descriptors_are_counted_in_clients(monkeypatch: Patch, hard: int, level: str) -> None:
     """A low hard limit means few clients."""
     monkeypatch.setattr(checkup.resource, "getrlimit", lambda which: (256, hard))
     finding = worst("descriptors")
     assert finding.level == level
     assert "about" in finding.found
+
+
+def test_too_few_descriptors_for_a_daemon(monkeypatch: Patch) -> None:
+    """It refuses to start there."""
+    monkeypatch.setattr(checkup.resource, "getrlimit", lambda which: (16, 255))
+    finding = worst("descriptors")
+    assert (finding.level, finding.found) == (PROBLEM, "descriptors: at most 255, and a daemon needs 256")
 
 
 @pytest.mark.parametrize(("which", "advice"), [(resource.RLIMIT_AS, "ulimit -v"), (resource.RLIMIT_FSIZE, "ulimit -f")])

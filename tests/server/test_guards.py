@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from heapd.server.guards import DescriptorGuard, MemoryGuard, count_descriptors, raise_descriptor_limit
+import heapd_client as hc
+from heapd.server.guards import MIN_DESCRIPTORS, DescriptorGuard, MemoryGuard, count_descriptors, raise_descriptor_limit
 from heapd.wire.messages import HeapAlloc, SessionList
 from tests.conftest import StartDaemon
-from tests.harness import Daemon, is_alive, wait_until
+from tests.harness import Daemon, is_alive, unique_name, wait_until
 from tests.server.raw import (
     ConfiguredDaemon,
     RawSession,
@@ -38,10 +39,10 @@ def descriptor_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: p
     return int(request.param)
 
 
-@pytest.mark.parametrize("descriptor_limit", [256], indirect=True)
+@pytest.mark.parametrize("descriptor_limit", [MIN_DESCRIPTORS], indirect=True)
 def test_a_crowd_of_connections_does_not_bring_it_down(descriptor_limit: int, start_daemon: StartDaemon) -> None:
     """libzmq aborts the process at the limit. The gates are shut before that: who has a session is answered
-    throughout, and newcomers are let in again when the crowd has gone."""
+    throughout, and newcomers are told why they are not let in, until the crowd has gone."""
     daemon = start_daemon()
     with RawSession(daemon.endpoint) as session, ExitStack() as crowd:
         heap = session.create_heap()
@@ -54,6 +55,8 @@ def test_a_crowd_of_connections_does_not_bring_it_down(descriptor_limit: int, st
             session.alloc(heap)
         assert daemon.is_running, daemon.log
         session.alloc(heap)
+        with pytest.raises(hc.DaemonLostError, match=r"lets no new client in: .* raise its limit \(LimitNOFILE="):
+            hc.connect(daemon.endpoint, timeout=0.2)  # which would start another one, if that were of use
         crowd.close()
         assert status(daemon.endpoint)["gates_shut"] >= 1
         with RawSession(daemon.endpoint) as newcomer:
@@ -79,6 +82,19 @@ def test_bursts_of_connections_do_not_bring_it_down(descriptor_limit: int, start
                 assert is_alive(server), daemon.log
             hello(daemon.endpoint)
         assert status(daemon.endpoint)["gates_shut"] >= 1
+
+
+@pytest.mark.parametrize("descriptor_limit", [16, MIN_DESCRIPTORS - 1], indirect=True)
+@pytest.mark.parametrize("restarts", ["0", "100"])
+def test_too_few_descriptors_are_refused(descriptor_limit: int, restarts: str, runtime_dir: Path) -> None:
+    """With what is needed, before anything is made: libzmq would abort, or the gates would never open again."""
+    daemon = Daemon(runtime_dir, unique_name(), ["--restarts", restarts])
+    assert daemon.process.wait(20) == 1
+    assert daemon.log == (
+        f"heapd: a daemon needs 256 file descriptors at least, three a client and some of its own, and this process "
+        f"may have {descriptor_limit}: raise the hard limit (ulimit -n, LimitNOFILE= in systemd)\n"
+    )
+    assert daemon.segments() == []
 
 
 def test_the_soft_limit_is_raised_to_the_hard_one(daemon: Daemon) -> None:
