@@ -269,7 +269,7 @@ class FrontEnd:
         bin_ = self._bin_for(size)
         block = None
         if popped is not None and type(popped) is bin_.block_type:  # else it was given back since
-            block = self._fresh(bin_, popped)
+            block = self._fresh(bin_, popped, popped._base)
         if bin_.form is RUN_WORD and len(bin_.stack) < _HOT:
             self._collect(bin_)
         block = block or self._pop(bin_)
@@ -308,7 +308,7 @@ class FrontEnd:
                     block: Block = candidate.stack.pop()
                 except IndexError:
                     continue  # empty, or another thread was faster
-                return block if getrefcount(block) == 2 else self._fresh(candidate, block)
+                return block if getrefcount(block) == 2 else self._fresh(candidate, block, block._base)
         return None
 
     def _add_spare(self, bin_: Bin, size: int) -> None:
@@ -322,9 +322,12 @@ class FrontEnd:
             with suppress(HeapFullError):
                 bin_.stack.append(self._grant(bin_, self._ask(size, 1)[0]))
 
-    def _fresh(self, bin_: Bin, block: Block) -> Block:
-        """A new object for the memory of a cached block whose object somebody still refers to."""
-        return self._make(bin_, block.slot, block.address, bin_.form.next_generation(bin_.form.generation(block._base)))
+    def _fresh(self, bin_: Bin, block: Block, word: int) -> Block:
+        """A new object, of a new generation, for the memory of a block that others may refer to or name.
+
+        Args: word (its state word, BUSY or CACHED).
+        """
+        return self._make(bin_, block.slot, block.address, bin_.form.next_generation(bin_.form.generation(word)))
 
     def _make(self, bin_: Bin, slot: int, address: int, generation: int) -> Block:
         block = bin_.block_type(self._heap, slot, address, bin_.extent, 0)
@@ -402,34 +405,34 @@ class FrontEnd:
     # -- free --------------------------------------------------------------------------------------------------------
     def take_back(self, block: Block, word: int) -> None:
         """Put an allocated block, of whatever origin, in its bin. `word`: its state word; its views are released."""
-        bin_ = self._bin_of(self._heap.extent_of(block, word))
-        generation = bin_.form.generation(word)
-        is_own = type(block) is bin_.block_type
-        if not is_own or block._word != word:
-            # A handle was made, or the object came by one, or by a fork: others may name this block.
-            generation = bin_.form.next_generation(generation)
-        cached = block if is_own else self._make(bin_, block.slot, block.address, generation)
-        base = bin_.form.cached(self.session, generation)
-        if bin_.form.session(word) != self.session:
-            self.held += bin_.extent
-        if len(bin_.stack) >= bin_.limit:
-            self._make_room(bin_)
-        cached.extent, cached._base = bin_.extent, base
-        block._word = cached._word = 0
-        self._words[block.slot] = base
+        bin_ = self._bin_with_room(block, word)
+        if type(block) is bin_.block_type:
+            cached, generation = block, bin_.form.generation(word)
+            if block._word != word:  # a handle was made: others may name this block
+                generation = bin_.form.next_generation(generation)
+            cached.extent, cached._base = bin_.extent, bin_.form.cached(self.session, generation)
+        else:  # it came by a handle, or by a fork
+            cached = self._fresh(bin_, block, word)
+        block._word = 0
+        self._words[block.slot] = cached._base
         bin_.stack.append(cached)
         if bin_.extent > _LARGE_CACHE:
             self._give_back([bin_.stack.pop()])
 
     def prepare_free(self, block: Block, word: int) -> Freeing:
         """All of `take_back` but what needs no call."""
+        bin_ = self._bin_with_room(block, word)
+        cached = self._fresh(bin_, block, word)
+        return Freeing(self, word, cached._base, bin_.stack, cached)
+
+    def _bin_with_room(self, block: Block, word: int) -> Bin:
+        """The bin of an allocated block that is about to be freed, with room for it. Args: word (its state word)."""
         bin_ = self._bin_of(self._heap.extent_of(block, word))
-        cached = self._make(bin_, block.slot, block.address, bin_.form.next_generation(bin_.form.generation(word)))
         if len(bin_.stack) >= bin_.limit:
             self._make_room(bin_)
         if bin_.form.session(word) != self.session:
             self.held += bin_.extent
-        return Freeing(self, word, cached._base, bin_.stack, cached)
+        return bin_
 
     def _make_room(self, bin_: Bin) -> None:
         """Let a full bin hold more, or, where there is no room, give back the oldest of what the fullest bins hold."""
