@@ -164,10 +164,8 @@ class AllocatingHeap(HeapCore):
             with self._hold():
                 self._count()
                 places = self._alloc_cached(wanted, zero, blocks)
-                missing = [size for size, place in zip(wanted, places, strict=True) if place is None]
-                for at in range(0, len(missing), MAX_BATCH):
-                    self._alloc_batch(missing[at : at + MAX_BATCH], zero, blocks)
-            granted = count_from(len(places) - len(missing))
+                granted = count_from(len(blocks))
+                self._alloc_missing(wanted, places, zero, blocks)
             in_order = [blocks[next(granted) if place is None else place] for place in places]
         except BaseException:
             for block in blocks:
@@ -193,6 +191,12 @@ class AllocatingHeap(HeapCore):
         if zero:
             self.mapping.zero(block.address, size)
         return len(blocks) - 1
+
+    def _alloc_missing(self, sizes: list[int], places: list[int | None], zero: bool, blocks: list[Block]) -> None:
+        """Have the daemon allocate what the front end had not, to the end of `blocks`."""
+        missing = [size for size, place in zip(sizes, places, strict=True) if place is None]
+        for at in range(0, len(missing), MAX_BATCH):
+            self._alloc_batch(missing[at : at + MAX_BATCH], zero, blocks)
 
     def _alloc_batch(self, sizes: list[int], zero: bool, blocks: list[Block]) -> None:
         request, grants = ask.HeapAllocMany(self.id, sizes), None

@@ -137,7 +137,8 @@ def _tail(log: str) -> str:
     """The last line of the log that says something."""
     try:
         with open(log, encoding="utf-8", errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip()]
+            text = file.read()
     except OSError:
-        lines = []
+        text = ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500] if lines else f"it said nothing in {log}"

@@ -408,7 +408,8 @@ class Session:
     def open_heaps(self) -> list[Heap]:
         """The heaps that this session has open, in the order in which they were."""
         with self._lock:
-            return [heap for heap in self._heaps.values() if heap.is_live]
+            heaps = list(self._heaps.values())
+        return [heap for heap in heaps if heap.is_live]
 
     def open_heap_id(self, heap_id: int) -> Heap:
         """The heap with that id, as a pickled Heap or a HeapInfo names it. Raises: NoSuchHeapError."""

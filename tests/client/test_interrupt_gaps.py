@@ -1,7 +1,7 @@
 """Where CPython 3.12 and 3.13 let an interrupt out of a `try` or `with` that it happened in.
 
-A loop in it whose body ends with an `if` has a jump back that no handler covers; and that is where the interpreter
-looks for signals. What must be undone then is done in a function that the loop calls.
+A loop in it whose body ends with an `if`, or a comprehension with an `if`, has a jump back that no handler covers; and
+that is where the interpreter looks for signals. What must be undone then is done in a function that the loop calls.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ def _gaps(code: CodeType) -> bool:
     def covering(offset: int) -> set[int]:
         return {one.target for one in handlers if one.start <= offset < one.end}
 
+    def leads_out(target: int) -> bool:
+        """A handler that is a `try`'s or `with`'s, or one of an inlined comprehension that such a one covers."""
+        return instructions[target].opname == "PUSH_EXC_INFO" or any(map(leads_out, covering(target)))
+
     return any(
-        instructions[target].opname == "PUSH_EXC_INFO"
+        leads_out(target)
         for one in instructions.values()
         if one.opname == "JUMP_BACKWARD"
         for target in covering(one.argval) - covering(one.offset)
