@@ -1,7 +1,7 @@
 """The part of a heap that gives blocks out and takes them back: alloc and free, one by one or many.
 
 Each function first does without the daemon: what the front end caches, or may cache, is its. What is left is asked of
-the daemon. A block of which nobody hears, because a signal handler raised, is freed later (`Session.give_back_later`).
+the daemon. A block of which nobody hears, because a signal handler raised, is freed later (strays.py).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class AllocatingHeap(HeapCore):
             block = self._granted(grant, size, zero)
         except BaseException as error:
             if grant is not None:
-                self.session.give_back_later(self.id, grant[1], grant[2])
+                self.session.strays.append((self.id, grant[1], grant[2]))
             elif not isinstance(error, HeapdError):
                 self.session.regret(request)
             raise
@@ -124,7 +124,7 @@ class AllocatingHeap(HeapCore):
 
     def _regret(self, block: Block) -> None:
         """Have a block that we allocated, and can give to nobody, freed."""
-        self.session.give_back_later(self.id, block.address, block.generation)
+        self.session.strays.append((self.id, block.address, block.generation))
 
     def _granted(self, grant: Any, size: int, zero: bool) -> Block:
         """The object for a block that the daemon has allocated for this session; zeroed if it is to be."""
@@ -209,7 +209,7 @@ class AllocatingHeap(HeapCore):
         except BaseException as error:
             del blocks[first:]
             for _, address, generation, _, _ in grants or ():
-                self.session.give_back_later(self.id, address, generation)
+                self.session.strays.append((self.id, address, generation))
             if grants is None and not isinstance(error, HeapdError):
                 self.session.regret(request)
             raise

@@ -18,7 +18,7 @@ from typing import Final
 
 from heapd.errors import NoSuchNameError, StaleHandleError, WaitTimeoutError
 from heapd.layout import Handle
-from heapd.records import Entry, EntryKind, HeapStatistics, Publication, Violation
+from heapd.records import Entry, HeapStatistics, Publication, Violation
 from heapd.wire import messages as ask
 
 from .arguments import as_timeout
@@ -29,8 +29,6 @@ __all__ = ["Heap"]
 
 _LOOKUP_SLICE_S: Final = 10.0  # longest wait that one request asks of the daemon
 _LOOKUP_RETRIES: Final = 100  # arbitrary: a name replaced as often between question and look is not looked up
-_KINDS: Final = {int(kind): kind for kind in EntryKind}
-_WALK_PAGE: Final = 1024  # entries of a walk in one answer
 _NAMES_PAGE: Final = 500
 
 
@@ -52,10 +50,8 @@ class Heap(ResizingHeap):
             self.check()
             with self._hold():
                 self._count()
-                entries, cursor = self.session.call(ask.HeapWalk(self.id, cursor, _WALK_PAGE))
-            for fields in entries:
-                fields[0] = _KINDS[fields[0]]
-                yield Entry._make(fields)
+                entries, cursor = self.session.walk_page(self.id, cursor)
+            yield from entries
             if not cursor:
                 return
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -57,6 +56,7 @@ from .heap import Heap
 from .homing import Guests
 from .mapping import Mapping
 from .registry import register, unregister
+from .strays import Strays
 
 __all__ = ["Session", "connect"]
 
@@ -68,8 +68,9 @@ _DEAD_PATIENCE_S: Final = 1.0  # arbitrary: how long a restart mostly takes, for
 # Arbitrary: who is at work makes a call within them, on a busy machine, too; who is idle does not.
 _PAUSES_S: Final = (0.001, 0.004, 0.016, 0.064)
 _LIST_PAGE: Final = 500
-_kept_mapped: Final[list[Mapping]] = []  # arenas of closed sessions in which a thread holds a lock yet
 _WALK_PAGE: Final = 1024  # entries of a walk in one answer
+_KINDS: Final = {int(kind): kind for kind in EntryKind}
+_kept_mapped: Final[list[Mapping]] = []  # arenas of closed sessions in which a thread holds a lock yet
 
 
 def connect(
@@ -120,8 +121,7 @@ class Session:
         self._paused: list[Heap] = []  # during a fork
         self._left_locked: list[Heap] = []  # closed or destroyed with their locks held
         self._asked = 0  # other sessions, to give back what they cache, when memory was short last
-        # (heap, address, generation) of blocks that were granted and nobody wants; leased ones: less than 0
-        self.strays: deque[tuple[int, int, int]] = deque()
+        self.strays = Strays()
         self._sweeps = count(1)
         self._lock = threading.RLock()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -139,18 +139,9 @@ class Session:
         register(self)
 
     def _open_connection(self, greeting: Greeting, context: zmq.Context[zmq.Socket[bytes]]) -> Connection:
-        arena, strays = self.arena, self.strays
-
-        def take_late(request: Request, result: Any) -> None:
-            if isinstance(request, ask.HeapAlloc):
-                strays.append((request.heap, result[1], result[2]))
-            elif isinstance(request, ask.HeapAllocMany):
-                strays.extend((request.heap, grant[1], grant[2]) for grant in result)
-            elif isinstance(request, ask.HeapLease):
-                strays.extend((request.heap, grant[1], -grant[2]) for grant in result)
-
         # No reference to the session: it would never be collected.
-        return Connection(self._endpoint, greeting, context, arena, timeout_s=self.timeout, on_late=take_late)
+        late = self.strays.take_late
+        return Connection(self._endpoint, greeting, context, self.arena, timeout_s=self.timeout, on_late=late)
 
     def __repr__(self) -> str:
         return f"<Session {self.endpoint}{' closed' if self._is_closed else ''}>"
@@ -173,7 +164,7 @@ class Session:
         if connection is None:
             connection = self._reconnect()
         if self.strays:
-            self.give_back()
+            self.strays.give_back(connection.call)
         try:
             return connection.call(request, wait_s, until)
         except SessionLostError:
@@ -213,33 +204,13 @@ class Session:
         if self._connection is not None:
             self._connection.regret(request)
 
-    def give_back_later(self, heap_id: int, address: int, generation: int) -> None:
-        """Have a block that nobody will ever get freed before the next call. Asks nobody now."""
-        self.strays.append((heap_id, address, generation))
-
     def sweep(self, heap_id: int) -> None:
         """Give back all that this session caches of a heap. Raises: DaemonError; then the daemon may be about to."""
         self.call(ask.HeapGiveBack(heap_id, [], next(self._sweeps)))
 
     def give_back(self) -> None:
-        """Free what `give_back_later` was told of, as far as the daemon can be reached."""
-        connection = self._ready()
-        while self.strays:
-            try:
-                stray = self.strays[0]
-                heap_id, address, generation = stray
-                if generation < 0:
-                    connection.call(ask.HeapGiveBack(heap_id, [address, -generation]))
-                else:
-                    connection.call(ask.HeapFree(heap_id, address, generation))
-            except ConnectionError:
-                return
-            except HeapdError:
-                pass  # freed already, or its heap is gone
-            except (IndexError, ValueError):
-                continue  # another thread was faster
-            with suppress(ValueError):
-                self.strays.remove(stray)  # after: an interrupted call is made again
+        """Free what nobody will ever get, as far as the daemon can be reached."""
+        self.strays.give_back(self._ready().call)
 
     def reclaim(self, shortage: HeapFullError, heap_id: int) -> None:
         """Memory is short: give back what this session caches, and ask all others to do so at their next operation, if
@@ -435,11 +406,15 @@ class Session:
         HeapDestroyedError."""
         cursor = 0
         while True:
-            entries, cursor = self.call(ask.HeapWalk(heap_id, cursor, _WALK_PAGE))
-            for kind, *rest in entries:
-                yield Entry(EntryKind(kind), *rest)
+            entries, cursor = self.walk_page(heap_id, cursor)
+            yield from entries
             if not cursor:
                 return
+
+    def walk_page(self, heap_id: int, cursor: int) -> tuple[Iterator[Entry], int]:
+        """For Heap: some entries of a walk. Returns: they, and the cursor to go on with, 0 if there are no more."""
+        entries, cursor = self.call(ask.HeapWalk(heap_id, cursor, _WALK_PAGE))
+        return map(_as_entry, entries), cursor
 
     def sessions(self, pid: int | None = None) -> list[SessionInfo]:
         """All sessions, or those of one process."""
@@ -582,3 +557,8 @@ class Session:
             self._connection.close(0.0)
         self.arena.close()
         warnings.warn(f"unclosed session with {self.endpoint}", ResourceWarning, stacklevel=2, source=self)
+
+
+def _as_entry(fields: list[Any]) -> Entry:
+    fields[0] = _KINDS[fields[0]]
+    return Entry._make(fields)

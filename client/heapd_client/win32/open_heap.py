@@ -99,7 +99,7 @@ class OpenHeap:
             raise failure_of(error) from None
         except BaseException:
             if block is not None:  # a signal handler's, at the end of `with`
-                self.heap.session.give_back_later(self.heap.id, block.address, block.generation)
+                self.heap.session.strays.append((self.heap.id, block.address, block.generation))
             raise
         self.blocks[block.address] = block
         return block.address
