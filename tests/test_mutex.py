@@ -21,6 +21,7 @@ import pytest
 from heapd.errors import LockNotHeldError, LockTimeoutError, SegmentError
 from heapd.mutex import MUTEX_SIZE, Mutex, fault, held, init, make_ready
 from tests.harness import wait_until
+from tests.interrupts import interrupts
 
 # Answers each line, an expression, with its value or the error's name; so a test says step by step what it does.
 PUPPET = """
@@ -70,6 +71,11 @@ class Puppet:
         self.process.kill()
         self.process.wait()
 
+    def die_holding(self) -> None:
+        """Be killed with the mutex taken, twice at that."""
+        self.ask("[mutex.acquire(), mutex.acquire()]")
+        self.kill()
+
     def end(self) -> None:
         self.kill()
         for stream in (self.process.stdin, self.process.stdout):
@@ -118,6 +124,13 @@ def in_thread(work: Callable[[], object]) -> object:
     thread.start()
     thread.join()
     return outcome[0]
+
+
+def lose(shared: Shared, puppet: Puppet) -> None:
+    """Have the mutex beyond recovery: who takes it from the dead gives it up unrepaired."""
+    puppet.die_holding()
+    assert shared.mutex.trylock() == errno.EOWNERDEAD
+    assert shared.mutex.unlock() == 0
 
 
 # -- one thread --------------------------------------------------------------------------------------------------------
@@ -364,8 +377,7 @@ def test_the_death_of_the_holder_is_told_once(shared: Shared, puppet: Puppet) ->
     """kill -9 of the holder frees the mutex; the next to take it is told, the one after is not."""
     waits: list[tuple[int, bool]] = []
     mutex = Mutex(shared.pointer, lambda waited_ns, recovered: waits.append((waited_ns, recovered)))
-    puppet.ask("[mutex.acquire(), mutex.acquire()]")
-    puppet.kill()
+    puppet.die_holding()
     assert mutex.holder() is None
     assert mutex.acquire(10) is True
     assert mutex.depth() == 1
@@ -410,10 +422,7 @@ def test_a_forked_child_does_not_hold_it(puppet: Puppet) -> None:
 
 def test_unlocked_unrepaired_is_beyond_recovery(shared: Shared, puppet: Puppet) -> None:
     """If somebody takes it from the dead and gives it up without repair, everybody after gets a clear error."""
-    puppet.ask("mutex.acquire()")
-    puppet.kill()
-    assert shared.mutex.trylock() == errno.EOWNERDEAD
-    assert shared.mutex.unlock() == 0
+    lose(shared, puppet)
     for _ in range(2):
         with pytest.raises(SegmentError, match="beyond recovery"):
             shared.mutex.acquire(0)
@@ -441,8 +450,7 @@ def test_a_held_mutex_cannot_be_made_ready(shared: Shared, puppet: Puppet) -> No
 
 def test_the_next_holder_is_not_told_of_a_death_before_its_time(shared: Shared, puppet: Puppet) -> None:
     """What a dead process held is made anew."""
-    puppet.ask("[mutex.acquire(), mutex.acquire()]")
-    puppet.kill()
+    puppet.die_holding()
     assert make_ready(shared.pointer)
     assert shared.mutex.acquire(0) is False
     assert shared.mutex.depth() == 1
@@ -451,10 +459,7 @@ def test_the_next_holder_is_not_told_of_a_death_before_its_time(shared: Shared, 
 
 def test_a_mutex_beyond_recovery_is_named_and_made_anew(shared: Shared, puppet: Puppet) -> None:
     """Its next user has a good one."""
-    puppet.ask("mutex.acquire()")
-    puppet.kill()
-    assert shared.mutex.trylock() == errno.EOWNERDEAD
-    assert shared.mutex.unlock() == 0
+    lose(shared, puppet)
     assert "beyond recovery" in fault(shared.pointer)
     assert make_ready(shared.pointer)
     assert shared.mutex.acquire(0) is False
@@ -475,8 +480,7 @@ def test_a_scribbled_mutex_is_named_and_made_anew(shared: Shared) -> None:
 
 def test_release_repairs_an_interrupted_takeover(shared: Shared, puppet: Puppet) -> None:
     """A takeover interrupted before it was marked consistent is unwound without losing the mutex for good."""
-    puppet.ask("mutex.acquire()")
-    puppet.kill()
+    puppet.die_holding()
     assert shared.mutex.trylock() == errno.EOWNERDEAD
     assert shared.mutex.depth() == 1
     shared.mutex.unwind(0)
@@ -485,56 +489,38 @@ def test_release_repairs_an_interrupted_takeover(shared: Shared, puppet: Puppet)
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
-class Interruption(Exception):
-    """What the signal handler raises."""
-
-
-@pytest.fixture
-def alarms() -> Iterator[None]:
-    """SIGALRM raises Interruption; no timer is left. pytest-timeout's own timer is put back."""
-
-    def handler(number: int, frame: object) -> None:
-        raise Interruption
-
-    rest = signal.setitimer(signal.ITIMER_REAL, 0)
-    previous = signal.signal(signal.SIGALRM, handler)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, previous)
-    signal.setitimer(signal.ITIMER_REAL, *rest)
-
-
-@pytest.mark.usefixtures("alarms")
 def test_a_signal_ends_a_wait(shared: Shared, puppet: Puppet) -> None:
     """An exception of a signal handler gets through within a slice to a thread that would wait for ever."""
     puppet.ask("mutex.acquire()")
     started = time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    with pytest.raises(Interruption):
-        shared.mutex.acquire()
+    with interrupts() as attempt:
+        assert attempt(0.05, shared.mutex.acquire)
     assert time.monotonic() - started < 5
     assert shared.mutex.depth() == 0
     assert puppet.ask("mutex.release()") == "None"
 
 
-@pytest.mark.usefixtures("alarms")
 def test_held_is_exact_under_signals(shared: Shared) -> None:
     """Wherever a signal handler raises in `with held(...)`, the mutex is free after it."""
     seed = 20261122
     delays = random.Random(seed)
+    depth = 0
     interrupted_at = [0, 0, 0]  # by depth: counts show that both sides of the acquisition were hit
-    for _ in range(3000):
-        depth = 0
-        try:
-            signal.setitimer(signal.ITIMER_REAL, delays.uniform(1e-6, 60e-6))
-            while True:
+
+    def take_twice() -> None:
+        nonlocal depth
+        while True:
+            with held(shared.mutex):
+                depth = 1
                 with held(shared.mutex):
-                    depth = 1
-                    with held(shared.mutex):
-                        depth = 2
-                    depth = 1
-                depth = 0
-        except Interruption:
+                    depth = 2
+                depth = 1
+            depth = 0
+
+    with interrupts() as attempt:
+        for _ in range(3000):
+            depth = 0
+            assert attempt(delays.uniform(1e-6, 60e-6), take_twice)
             interrupted_at[depth] += 1
-        assert shared.mutex.depth() == 0, f"seed {seed}, {interrupted_at}"
+            assert shared.mutex.depth() == 0, f"seed {seed}, {interrupted_at}"
     assert all(count > 0 for count in interrupted_at)

@@ -27,3 +27,22 @@ def heap(session: hc.Session) -> hc.Heap:
 def free_heap(session: hc.Session) -> hc.Heap:
     """An anonymous heap that is not serialized."""
     return session.create_heap(serialize=False)
+
+
+@pytest.fixture
+def other(shared_daemon: Daemon, session: hc.Session) -> Iterator[hc.Session]:
+    """A second session, as another process would have it."""
+    with hc.connect(shared_daemon.endpoint, autostart=False) as other:
+        yield other
+
+
+@pytest.fixture(params=["serialized", "unserialized"])
+def shared(request: pytest.FixtureRequest, session: hc.Session) -> hc.Heap:
+    """A heap that others may open by its name, "shared"."""
+    return session.create_heap("shared", serialize=request.param == "serialized")
+
+
+@pytest.fixture
+def theirs(other: hc.Session, shared: hc.Heap) -> hc.Heap:
+    """The shared heap, in the other session."""
+    return other.open_heap("shared")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 from heapd.layout import SLAB_WORD
 from heapd_client.block import Block
+from heapd_client.exporter import make_exporter
 from heapd_client.hotpath import Lock, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
+from tests.interrupts import Interrupt
 
 LIVE_SLOT, LIVE, SESSION, SIZE = 0, 3, 5, 64
 LARGER = 80  # the extent of the next larger bin
@@ -132,3 +137,30 @@ class Rig:
 
     def state(self, block: Block) -> int:
         return SLAB_WORD.state(self.words[block.slot])
+
+
+def interrupt() -> None:
+    raise Interrupt
+
+
+def at_getrefcount(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Actions, one each for the next calls that a module makes of getrefcount, which run when it has counted."""
+    actions: list[Callable[[], None]] = []
+    count = module.getrefcount
+
+    def counting(thing: object) -> int:
+        result: int = count(thing) - 1  # less this function's own
+        if actions:
+            actions.pop(0)()
+        return result
+
+    monkeypatch.setattr(module, "getrefcount", counting)
+    return actions
+
+
+def give_view(block: Block) -> memoryview:
+    """What `Block.view` makes, without a mapping."""
+    block._exporter, block._buffer = make_exporter(memoryview(bytearray(SIZE)), 0, SIZE)
+    block._seen = block._word
+    block._view = memoryview(block._buffer)
+    return block._view

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
 import heapd_client as hc
 from heapd_client import errors
-from tests.harness import Daemon
-
-
-@pytest.fixture
-def other(shared_daemon: Daemon) -> Iterator[hc.Session]:
-    """Another session with the same daemon."""
-    with hc.connect(shared_daemon.endpoint, autostart=False) as other:
-        yield other
-
 
 # What ends a block (heap, the other session's Heap, the block), and the error that tells of it.
 ENDS: dict[str, tuple[Callable[[hc.Heap, hc.Heap, hc.Block], object], type[Exception]]] = {

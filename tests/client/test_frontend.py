@@ -30,19 +30,6 @@ def small_cache(session: hc.Session) -> int:
     return max(1 * MIB, session.statistics().committed // 32) * 5 // 4 + 256 * KIB
 
 
-@pytest.fixture
-def other(shared_daemon: Daemon, session: hc.Session):  # type: ignore[no-untyped-def]
-    """A second session, as another process would have it."""
-    with hc.connect(shared_daemon.endpoint, autostart=False) as other:
-        yield other
-
-
-@pytest.fixture(params=["serialized", "unserialized"])
-def shared(request: pytest.FixtureRequest, session: hc.Session) -> hc.Heap:
-    """A heap that `other` may open by name."""
-    return session.create_heap("shared", serialize=request.param == "serialized")
-
-
 # -- leases ------------------------------------------------------------------------------------------------------------
 def test_one_block_leases_one(free_heap: hc.Heap) -> None:
     """A heap that allocates one block of a class takes no more of it."""
@@ -276,9 +263,8 @@ def test_trim_gives_everything_back(session: hc.Session, shared: hc.Heap) -> Non
 
 
 @pytest.mark.parametrize("how", ["heap", "session"])
-def test_close_gives_everything_back(session: hc.Session, other: hc.Session, shared: hc.Heap, how: str) -> None:
+def test_close_gives_everything_back(other: hc.Session, shared: hc.Heap, theirs: hc.Heap, how: str) -> None:
     """Of a heap that others have open, too."""
-    theirs = other.open_heap("shared")
     fill_cache(theirs)
     number = other.number
     assert any(entry.session == number for entry in blocks_of(shared, EntryKind.CACHED))
@@ -287,11 +273,8 @@ def test_close_gives_everything_back(session: hc.Session, other: hc.Session, sha
     check_empty(shared)
 
 
-def test_compact_asks_the_others_back_at_their_next_call(
-    session: hc.Session, other: hc.Session, shared: hc.Heap
-) -> None:
+def test_compact_asks_the_others_back_at_their_next_call(other: hc.Session, shared: hc.Heap, theirs: hc.Heap) -> None:
     """The epoch: their front ends start anew, and allocate again."""
-    theirs = other.open_heap("shared")
     fill_cache(theirs)
     kept = theirs.alloc(1000)
     shared.compact()
@@ -302,9 +285,8 @@ def test_compact_asks_the_others_back_at_their_next_call(
     check_empty(shared)
 
 
-def test_a_destroyed_heap_is_gone_for_all(other: hc.Session, shared: hc.Heap) -> None:
+def test_a_destroyed_heap_is_gone_for_all(shared: hc.Heap, theirs: hc.Heap) -> None:
     """Neither cached nor allocated blocks can be had from it, by hot path or slow."""
-    theirs = other.open_heap("shared")
     fill_cache(theirs)
     block = theirs.alloc(64)
     shared.destroy()

@@ -20,8 +20,9 @@ import heapd_client as hc
 from heapd.units import MIB
 from heapd.wire import KEPT_REPLIES
 from heapd_client import errors
-from tests.client.tools import check_empty, count_requests, interrupts
+from tests.client.tools import check_empty, count_requests
 from tests.harness import Daemon, wait_until
+from tests.interrupts import interrupts
 
 Setting = Callable[[], hc.Heap]
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,32 +19,18 @@ from heapd.units import KIB, MIB
 from heapd_client import errors
 from tests.client.programs import in_child, wait_for
 from tests.client.tools import blocks_of, cached_by, check_empty, fork
-from tests.harness import Daemon, wait_until
+from tests.harness import wait_until
 
 TOLD = (errors.DoubleFreeError, errors.StaleHandleError, errors.ClosedError)
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
-@pytest.fixture
-def other(shared_daemon: Daemon) -> Iterator[hc.Session]:
-    """A second session, as another process would have it."""
-    with hc.connect(shared_daemon.endpoint, autostart=False) as other:
-        yield other
-
-
-@pytest.fixture(params=["serialized", "unserialized"])
-def shared(request: pytest.FixtureRequest, session: hc.Session) -> hc.Heap:
-    """A heap that others may open by name."""
-    return session.create_heap("shared", serialize=request.param == "serialized")
-
-
 # -- by the thousand ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size", [24, 64, 3000, 4096, 70_000])
 def test_blocks_wander_one_way_without_growth(
-    session: hc.Session, other: hc.Session, shared: hc.Heap, size: int
+    session: hc.Session, other: hc.Session, shared: hc.Heap, theirs: hc.Heap, size: int
 ) -> None:
     """Thousands from A to B: what B caches of them is bounded, not a part of what passed."""
-    theirs = other.open_heap("shared")
     rounds = 4_000 if size < 4096 else 800
     seen = []
     for number in range(rounds):
@@ -60,10 +46,9 @@ def test_blocks_wander_one_way_without_growth(
 
 @pytest.mark.parametrize(("size", "turns"), [(64, 3_000), (4096, 1_500), (70_000, 1_500)])
 def test_blocks_wander_both_ways_without_growth(
-    session: hc.Session, other: hc.Session, shared: hc.Heap, size: int, turns: int
+    session: hc.Session, other: hc.Session, shared: hc.Heap, theirs: hc.Heap, size: int, turns: int
 ) -> None:
     """In balance each side lives on what the other sends: after a while hardly a block is asked for."""
-    theirs = other.open_heap("shared")
     for turn in range(turns):
         ours_out, theirs_out = shared.alloc(size).handle, theirs.alloc(size).handle
         other.open(ours_out).free()
@@ -137,10 +122,9 @@ def test_a_second_free_in_one_process_is_told(session: hc.Session, shared: hc.He
 
 @pytest.mark.parametrize("is_reused", [False, True])
 def test_a_second_free_by_another_process_is_told(
-    session: hc.Session, other: hc.Session, shared: hc.Heap, is_reused: bool
+    session: hc.Session, other: hc.Session, shared: hc.Heap, theirs: hc.Heap, is_reused: bool
 ) -> None:
     """Whoever is first; the other one, and whoever opens the handle later, is told."""
-    theirs = other.open_heap("shared")
     for turn in range(200):
         block = (shared if turn % 2 else theirs).alloc(64)
         handle = block.handle
@@ -293,9 +277,8 @@ class _Fuzz:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_was_freed_stays_dead(session: hc.Session, other: hc.Session, shared: hc.Heap, seed: int) -> None:
+def test_what_was_freed_stays_dead(shared: hc.Heap, theirs: hc.Heap, seed: int) -> None:
     """Objects kept in lists, closures and bound methods, and copies by handle, in two sessions."""
-    theirs = other.open_heap("shared")
     fuzz = _Fuzz([shared, theirs], seed)
     for _ in range(1_500):
         fuzz.step()
@@ -381,12 +364,12 @@ def test_a_child_does_not_use_its_parents_cache(session: hc.Session, shared: hc.
 
 # -- realloc of what others know ---------------------------------------------------------------------------------------
 def test_a_block_resized_elsewhere_goes_to_the_bin_of_its_real_size(
-    session: hc.Session, other: hc.Session, shared: hc.Heap
+    other: hc.Session, shared: hc.Heap, theirs: hc.Heap
 ) -> None:
     """A run that B shrank where it was: A's object still says the old extent, and must not cache it as that."""
     block = shared.alloc(1 * MIB)
     other.open(block.handle).realloc(100 * KIB)
-    neighbour = other.open_heap("shared").alloc(800 * KIB)
+    neighbour = theirs.alloc(800 * KIB)
     block.free()
     for size in (1 * MIB, 100 * KIB, 600 * KIB):
         again = shared.alloc(size)
@@ -397,13 +380,13 @@ def test_a_block_resized_elsewhere_goes_to_the_bin_of_its_real_size(
 
 
 def test_a_block_resized_elsewhere_is_resized_within_its_real_extent(
-    session: hc.Session, other: hc.Session, shared: hc.Heap
+    other: hc.Session, shared: hc.Heap, theirs: hc.Heap
 ) -> None:
     """A's object says 1 MiB, the run has 100 KiB: growing it again takes the daemon, and keeps the bytes."""
     block = shared.alloc(1 * MIB)
     block.view[:3] = b"abc"
     other.open(block.handle).realloc(100 * KIB)
-    neighbour = other.open_heap("shared").alloc(800 * KIB)
+    neighbour = theirs.alloc(800 * KIB)
     neighbour.view[:] = b"\x55" * (800 * KIB)
     block.realloc(1 * MIB - 10)
     assert block.view[:3] == b"abc"
@@ -413,9 +396,8 @@ def test_a_block_resized_elsewhere_is_resized_within_its_real_extent(
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_resized_blocks_keep_their_bytes(session: hc.Session, other: hc.Session, shared: hc.Heap, seed: int) -> None:
+def test_resized_blocks_keep_their_bytes(session: hc.Session, shared: hc.Heap, theirs: hc.Heap, seed: int) -> None:
     """Random reallocs through one session or the other, among blocks that come and go in both."""
-    theirs = other.open_heap("shared")
     generator = random.Random(seed)
     choices = (0, 1, 16, 60, 64, 100, 4000, 4096, 5000, 60_000, 65_536, 65_537, 200_000, 1_000_000)
     live: list[tuple[Any, bytes]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,22 +14,10 @@ import pytest
 import heapd_client as hc
 from heapd.wire.messages import HeapGiveBack
 from heapd_client.session import Session
-from tests.client.tools import Interrupt, interrupts
 from tests.harness import Daemon
+from tests.interrupts import Interrupt, interrupts
 
 SIZE = 100
-
-
-@pytest.fixture(params=["serialized", "unserialized"])
-def heap(request: pytest.FixtureRequest, session: hc.Session) -> hc.Heap:
-    return session.create_heap("shared", serialize=request.param == "serialized")
-
-
-@pytest.fixture
-def other(shared_daemon: Daemon, heap: hc.Heap) -> Iterator[hc.Heap]:
-    """The same heap in another session."""
-    with hc.connect(shared_daemon.endpoint, autostart=False) as session:
-        yield session.open_heap("shared")
 
 
 class LateRequests:
@@ -64,39 +52,39 @@ def check_two_owners(heap: hc.Heap, other: hc.Heap) -> None:
 
 @pytest.mark.parametrize("operation", ["trim", "compact"])
 def test_what_is_freed_after_an_interrupted_sweep_has_one_owner(
-    heap: hc.Heap, other: hc.Heap, monkeypatch: pytest.MonkeyPatch, operation: str
+    shared: hc.Heap, theirs: hc.Heap, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     """It is cached only once the daemon has said that it will not take it any more."""
-    mine = [heap.alloc(SIZE) for _ in range(20)]
-    heap.alloc(SIZE).free()
-    late = LateRequests(heap.session, monkeypatch)
+    mine = [shared.alloc(SIZE) for _ in range(20)]
+    shared.alloc(SIZE).free()
+    late = LateRequests(shared.session, monkeypatch)
     with pytest.raises(Interrupt):
-        getattr(heap, operation)()
+        getattr(shared, operation)()
     for block in mine:
         block.free()
-    assert heap.statistics().cached_blocks > 0, "nothing is cached: this tests nothing"
+    assert shared.statistics().cached_blocks > 0, "nothing is cached: this tests nothing"
     late.arrive()
-    check_two_owners(heap, other)
+    check_two_owners(shared, theirs)
 
 
 def test_frees_do_without_a_cache_where_the_second_sweep_fails_too(
-    heap: hc.Heap, other: hc.Heap, monkeypatch: pytest.MonkeyPatch
+    shared: hc.Heap, theirs: hc.Heap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error is told, the block is as it was; and when the daemon answers again, all goes on as before."""
-    mine = [heap.alloc(SIZE) for _ in range(20)]
-    late = LateRequests(heap.session, monkeypatch)
+    mine = [shared.alloc(SIZE) for _ in range(20)]
+    late = LateRequests(shared.session, monkeypatch)
     with pytest.raises(Interrupt):
-        heap.trim()
-    sweep: Callable[..., Any] = heap.session.sweep
-    monkeypatch.setattr(heap.session, "sweep", lambda heap_id: late(HeapGiveBack(1 << 40, [], 2)))
+        shared.trim()
+    sweep: Callable[..., Any] = shared.session.sweep
+    monkeypatch.setattr(shared.session, "sweep", lambda heap_id: late(HeapGiveBack(1 << 40, [], 2)))
     with pytest.raises(hc.HeapdError):
         mine[0].free()
     assert not mine[0].is_free
-    monkeypatch.setattr(heap.session, "sweep", sweep)
+    monkeypatch.setattr(shared.session, "sweep", sweep)
     for block in mine:
         block.free()
     late.arrive()
-    check_two_owners(heap, other)
+    check_two_owners(shared, theirs)
 
 
 @pytest.mark.parametrize("end", ["interrupt", "timeout"])
@@ -127,12 +115,12 @@ def test_a_daemon_that_answers_late_takes_no_block_that_is_in_use(daemon: Daemon
 
 
 def test_a_block_that_was_given_back_and_leased_again_is_not_taken_by_a_late_request(
-    heap: hc.Heap, monkeypatch: pytest.MonkeyPatch
+    shared: hc.Heap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The request names its generation of then."""
-    heap.alloc(SIZE).free()
+    shared.alloc(SIZE).free()
     requests: list[HeapGiveBack] = []
-    call = heap.session.call
+    call = shared.session.call
     monkeypatch.setattr("heapd_client.heapcore.is_quiet", lambda *_: False)  # else it were a sweep
 
     def hold(request: Any, *arguments: Any) -> Any:
@@ -142,14 +130,14 @@ def test_a_block_that_was_given_back_and_leased_again_is_not_taken_by_a_late_req
         return call(request, *arguments)
 
     with monkeypatch.context() as patch, suppress(hc.DaemonLostError):
-        patch.setattr(heap.session, "call", hold)
-        heap.release_cache()
+        patch.setattr(shared.session, "call", hold)
+        shared.release_cache()
     monkeypatch.undo()
-    heap.trim()
-    blocks = [heap.alloc(SIZE) for _ in range(30)]
+    shared.trim()
+    blocks = [shared.alloc(SIZE) for _ in range(30)]
     assert requests
-    cached = heap.statistics().cached_blocks
+    cached = shared.statistics().cached_blocks
     for request in requests:
-        heap.session.call(request)
-    assert heap.statistics().cached_blocks == cached
-    assert heap.statistics().busy_blocks == len(blocks)
+        shared.session.call(request)
+    assert shared.statistics().cached_blocks == cached
+    assert shared.statistics().busy_blocks == len(blocks)

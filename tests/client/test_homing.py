@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,16 +19,14 @@ FRAME = 1 * MIB
 SIZES = [32 * KIB, 64 * KIB, 100_000, FRAME]
 
 
-@pytest.fixture(params=["serialized", "unserialized"])
-def producer(request: pytest.FixtureRequest, session: hc.Session) -> hc.Heap:
-    return session.create_heap("frames", serialize=request.param == "serialized")
+@pytest.fixture
+def producer(shared: hc.Heap) -> hc.Heap:
+    return shared
 
 
 @pytest.fixture
-def consumer(shared_daemon: Daemon, producer: hc.Heap) -> Iterator[hc.Heap]:
-    """The same heap, in another session."""
-    with hc.connect(shared_daemon.endpoint, autostart=False) as session:
-        yield session.open_heap("frames")
+def consumer(theirs: hc.Heap) -> hc.Heap:
+    return theirs
 
 
 def hand_over(block: hc.Block, consumer: hc.Heap) -> hc.Block:
@@ -179,7 +176,7 @@ def test_an_owner_with_too_much_gives_back(producer: hc.Heap, consumer: hc.Heap)
 def test_a_block_of_a_dead_session_stays_here(shared_daemon: Daemon, consumer: hc.Heap) -> None:
     """Nobody would come for it."""
     with hc.connect(shared_daemon.endpoint, autostart=False) as owner:
-        handle = owner.open_heap("frames").alloc(FRAME).handle
+        handle = owner.open_heap("shared").alloc(FRAME).handle
     opened = consumer.session.open(handle)
     opened.free()
     assert consumer.alloc(FRAME).address == handle.address
@@ -190,7 +187,7 @@ def test_a_block_sent_to_a_session_that_dies_meanwhile_is_not_lost(
 ) -> None:
     """Whoever sent it looks again, and has the daemon take it back."""
     owner = hc.connect(shared_daemon.endpoint, autostart=False)
-    handle = owner.open_heap("frames").alloc(FRAME).handle
+    handle = owner.open_heap("shared").alloc(FRAME).handle
     opened = consumer.session.open(handle)
     homes, words = consumer.homes, consumer.mapping.words
     number = RUN_WORD.session(words[handle.slot])
@@ -210,13 +207,13 @@ def test_a_session_that_dies_leaves_nothing_cached_by_another_that_died(
 ) -> None:
     """A sender that is killed between its store and its second look."""
     owner = hc.connect(shared_daemon.endpoint, autostart=False)
-    handle = owner.open_heap("frames").alloc(FRAME).handle
+    handle = owner.open_heap("shared").alloc(FRAME).handle
     number = owner.number
     owner.close()
     words = producer.mapping.words
     words[handle.slot] = RUN_WORD.cached(number, RUN_WORD.next_generation(handle.generation))
     with hc.connect(shared_daemon.endpoint, autostart=False) as sender:
-        sender.open_heap("frames")
+        sender.open_heap("shared")
     assert RUN_WORD.state(words[handle.slot]) != CACHED
 
 

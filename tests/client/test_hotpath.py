@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from heapd.layout import BUSY, CACHED, SLAB_WORD
 from heapd_client import hotpath
-from heapd_client.block import Block
-from heapd_client.exporter import make_exporter
 from heapd_client.hotpath import is_quiet, make_alloc
-from tests.client.rig import CACHED_WORD, LARGER, LIVE, LIVE_SLOT, SESSION, SIZE, Odd, Rig, Stack
-from tests.client.tools import Interrupt
+from tests.client.rig import (
+    CACHED_WORD,
+    LARGER,
+    LIVE,
+    LIVE_SLOT,
+    SESSION,
+    SIZE,
+    Odd,
+    Rig,
+    Stack,
+    at_getrefcount,
+    give_view,
+    interrupt,
+)
+from tests.interrupts import Interrupt
 
 
 @pytest.fixture(params=["locked", "unlocked"])
@@ -28,23 +39,9 @@ def rig(request: pytest.FixtureRequest) -> Rig:
 
 
 @pytest.fixture
-def count_references(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], None]]]:
+def count_references(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """Actions that run after the next calls of getrefcount in the hot path."""
-    actions: list[Callable[[], None]] = []
-    count = hotpath.getrefcount
-
-    def counting(thing: object) -> int:
-        result = count(thing) - 1  # less this function's own
-        if actions:
-            actions.pop(0)()
-        return result
-
-    monkeypatch.setattr(hotpath, "getrefcount", counting)
-    return actions
-
-
-def interrupt() -> None:
-    raise Interrupt
+    return at_getrefcount(hotpath, monkeypatch)
 
 
 # -- what it does ------------------------------------------------------------------------------------------------------
@@ -307,13 +304,6 @@ def test_an_interrupt_after_the_front_end_stopped_is_passed_on(rig: Rig) -> None
 
 
 # -- views -------------------------------------------------------------------------------------------------------------
-def give_view(block: Block) -> memoryview:
-    """What `Block.view` makes, without a mapping."""
-    block._exporter, block._buffer = make_exporter(memoryview(bytearray(SIZE)), 0, SIZE)
-    block._view = memoryview(block._buffer)
-    return block._view
-
-
 def test_free_sees_each_kind_of_view(rig: Rig) -> None:
     """Its own that somebody holds, a slice, a cast; after they are gone it goes through."""
     block = rig.alloc(SIZE)

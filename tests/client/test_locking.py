@@ -16,6 +16,7 @@ import heapd_client as hc
 from heapd.layout import C_HOLDER
 from heapd_client import errors
 from tests.client.programs import in_child, wait_for
+from tests.interrupts import interrupts
 
 
 @contextmanager
@@ -197,60 +198,35 @@ def test_a_lock_keeps_the_arena_mapped(shared_daemon) -> None:  # type: ignore[n
         heap.destroy()
 
 
-class Interrupted(Exception):
-    """Raised by a signal handler, at any instant."""
-
-
-@pytest.fixture
-def storm() -> Iterator[None]:
-    """SIGALRM's handler raises; the test sets the timer. No garbage is collected meanwhile: what the handler raises in
-    a finalizer is lost, and pytest tells on it."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted
-
-    gc.collect()
-    gc.disable()
-    old = signal.signal(signal.SIGALRM, interrupt)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
-    gc.enable()
-
-
-def test_an_interrupted_lock_is_held_iff_its_block_runs(heap: hc.Heap, storm: None) -> None:
+def test_an_interrupted_lock_is_held_iff_its_block_runs(heap: hc.Heap) -> None:
     """A signal handler that raises at any instruction leaves the lock neither lost nor kept."""
-    interrupted = 0
-    for turn in range(3_000):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (5 + turn % 40))
-            try:
-                for _ in range(10):
-                    with heap.lock():
-                        pass
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupted:
-            interrupted += 1
-        assert depth(heap) == 0
-    assert interrupted > 100
+
+    def lock() -> None:
+        for _ in range(10):
+            with heap.lock():
+                pass
+
+    struck = 0
+    with interrupts() as attempt:
+        for turn in range(3_000):
+            struck += attempt(1e-6 * (5 + turn % 40), lock)
+            assert depth(heap) == 0
+    assert struck > 100
 
 
-def test_an_interrupted_call_leaves_lock_and_connection_whole(heap: hc.Heap, storm: None) -> None:
+def test_an_interrupted_call_leaves_lock_and_connection_whole(heap: hc.Heap) -> None:
     """Heap functions interrupted anywhere: the lock is free, the next call gets its own answer, nothing is broken."""
-    interrupted = 0
-    for turn in range(600):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (20 + turn % 400))
-            try:
-                for _ in range(10):
-                    heap.alloc(64 + turn)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except Interrupted:
-            interrupted += 1
-        assert depth(heap) == 0
-    assert interrupted > 50
+
+    def alloc(size: int) -> None:
+        for _ in range(10):
+            heap.alloc(size)
+
+    struck = 0
+    with interrupts() as attempt:
+        for turn in range(600):
+            struck += attempt(1e-6 * (20 + turn % 400), alloc, 64 + turn)
+            assert depth(heap) == 0
+    assert struck > 50
     assert heap.alloc(12_345).size == 12_345
     assert heap.validate() == []
 

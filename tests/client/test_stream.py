@@ -10,12 +10,10 @@ import pytest
 from heapd.errors import ClosedError
 from heapd.layout import BUSY, CACHED, SLAB_WORD
 from heapd_client import stream as module
-from heapd_client.block import Block
-from heapd_client.exporter import make_exporter
 from heapd_client.hotpath import is_quiet
 from heapd_client.stream import Stream
-from tests.client.rig import CACHED_WORD, SESSION, SIZE, Odd, Rig
-from tests.client.tools import Interrupt
+from tests.client.rig import CACHED_WORD, SESSION, SIZE, Odd, Rig, at_getrefcount, give_view, interrupt
+from tests.interrupts import Interrupt
 
 
 class Streaming(Rig):
@@ -57,29 +55,7 @@ def handed_out(request: pytest.FixtureRequest) -> Streaming:
 @pytest.fixture
 def count_references(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """Actions that run after the next calls of getrefcount in a stream."""
-    actions: list[Callable[[], None]] = []
-    count = module.getrefcount
-
-    def counting(thing: object) -> int:
-        result = count(thing) - 1  # less this function's own
-        if actions:
-            actions.pop(0)()
-        return result
-
-    monkeypatch.setattr(module, "getrefcount", counting)
-    return actions
-
-
-def interrupt() -> None:
-    raise Interrupt
-
-
-def give_a_view(block: Block) -> memoryview:
-    """As `view` does: what it is cut from, and itself."""
-    block._exporter, block._buffer = make_exporter(memoryview(bytearray(SIZE)), 0, SIZE)
-    block._view = memoryview(block._buffer)
-    block._seen = block._word
-    return block._view
+    return at_getrefcount(module, monkeypatch)
 
 
 # -- runs that come home -----------------------------------------------------------------------------------------------
@@ -124,7 +100,7 @@ def test_a_block_that_is_not_as_it_was_is_left_to_the_slow_path(handed_out: Stre
     elif what == "referred to":
         kept = handed_out.away[8]
     else:
-        kept = give_a_view(handed_out.away[8])
+        kept = give_view(handed_out.away[8])
     handed_out.alloc(SIZE)
     assert handed_out.slow == [(SIZE, False, None)]
     assert handed_out.words[8] == CACHED_WORD
@@ -134,7 +110,7 @@ def test_a_block_that_is_not_as_it_was_is_left_to_the_slow_path(handed_out: Stre
 
 def test_its_views_are_cut_from_the_buffer_of_before(handed_out: Streaming) -> None:
     """If it has the size of before: no slice need be made."""
-    give_a_view(handed_out.away[8])
+    give_view(handed_out.away[8])
     buffer = id(handed_out.away[8]._buffer)
     handed_out.come_home(8)
     block = handed_out.alloc(SIZE)
@@ -196,7 +172,7 @@ def test_a_single_block_goes_round(single: Streaming) -> None:
 def test_a_stale_reference_does_not_come_back_to_life(single: Streaming) -> None:
     """The object of before is free, and can do nothing to the one of now."""
     first = single.alloc(SIZE)
-    view = give_a_view(first)
+    view = give_view(first)
     del view
     first.free()
     second = single.alloc(SIZE)
@@ -218,7 +194,7 @@ def test_an_object_that_nobody_refers_to_is_used_again(single: Streaming) -> Non
 def test_the_new_object_takes_over_the_buffer(single: Streaming) -> None:
     """So that its views need no slice of the mapping either."""
     first = single.alloc(SIZE)
-    give_a_view(first)
+    give_view(first)
     buffer = id(first._buffer)
     first.free()
     second = single.alloc(SIZE)

@@ -19,8 +19,8 @@ import pytest
 
 import heapd_client as hc
 from heapd_client import win32
-from tests.client.tools import Interrupt, interrupts
 from tests.harness import Daemon, wait_until
+from tests.interrupts import Interrupt, interrupts
 from tests.win32.tools import KIB, MIB, busy, read, write
 
 WARM = 8  # calls until the caches are as they stay
