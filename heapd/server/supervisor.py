@@ -5,7 +5,7 @@ so a restart costs what adopting the arena costs, and no start of an interpreter
 endpoint's lock, so that nobody else takes the endpoint between a death and the restart, or while either one lives.
 
     server ends with 0            stopped on purpose, nothing of it is left: the supervisor ends, too
-    server hangs                  killed, after `Config.watchdog_s` in which its loop did not turn: that is a death, too
+    server hangs                  killed, after `Config.watchdog_s` in which nothing moved: that is a death, too
     server dies                   logged with its reason; another one is started, which adopts the arena
     ... after it said "stopping"  the supervisor removes what is left, and ends
     ... too often in a while      the supervisor gives up; the arena stays for whoever starts the daemon again
@@ -37,7 +37,7 @@ from heapd.server.leftovers import discard
 from heapd.server.lifecycle import STOP_SIGNALS, prepare_directory, say_ready, serve
 from heapd.server.link import READY, STOPPING, Pulse, SupervisorLink
 from heapd.server.lock import DaemonLock
-from heapd.server.watchdog import Watchdog
+from heapd.server.watchdog import Effort, Heart, Watchdog
 
 __all__ = ["supervise"]
 
@@ -73,17 +73,17 @@ def supervise(config: Config) -> None:
 class Life:
     """One server process, from its fork to its end.
 
-    Fields: pid, pidfd, words (what it says: READY, STOPPING, or the error it ends with), status (its wait status once
-    it has ended), ready_at (monotonic seconds, None before), watchdog (from then on, until it stops), is_stopping,
-    is_hung (and is being killed for that), error.
+    Fields: pid, pidfd, words (what it says: READY, STOPPING, or the error it ends with), watchdog, status (its wait
+    status once it has ended), ready_at (monotonic seconds, None before), is_stopping, is_hung (and is being killed for
+    that), error.
     """
 
     pid: int
     pidfd: int
     words: Connection
+    watchdog: Watchdog
     status: int | None = None
     ready_at: float | None = None
-    watchdog: Watchdog | None = None
     is_stopping: bool = False
     is_hung: bool = False
     error: HeapdError | None = None
@@ -148,16 +148,16 @@ class Supervisor:
             if self._stop_signal is not None:
                 signal.pidfd_send_signal(life.pidfd, self._stop_signal)
             while life.status is None:
-                pause_s = life.watchdog.pause_s if life.watchdog is not None else None
-                ready = wait([*([] if life.words.closed else [life.words]), life.pidfd, self._wakeup[0]], pause_s)
+                ends = [] if life.words.closed else [life.words]
+                ready = wait([*ends, life.pidfd, self._wakeup[0]], life.watchdog.pause_s)
                 if self._wakeup[0] in ready:
                     self._pass_signals_on(life)
                 self._listen(life)
                 if life.pidfd in ready:
                     self._listen(life)  # its last words may have come after those above
                     _, life.status = os.waitpid(life.pid, 0)
-                elif life.watchdog is not None and life.watchdog.is_alarmed():
-                    self._kill_hung(life, life.watchdog)
+                elif life.watchdog.is_alarmed():
+                    self._kill_hung(life)
         finally:
             life.words.close()
             os.close(life.pidfd)
@@ -177,7 +177,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         try:
-            return Life(pid, os.pidfd_open(pid), ours)
+            return Life(pid, os.pidfd_open(pid), ours, self._watch(pid, Effort(pid)))
         except OSError:
             os.kill(pid, signal.SIGKILL)  # nobody would watch it, and there must not be two
             os.waitpid(pid, 0)
@@ -208,17 +208,22 @@ class Supervisor:
                     stream.flush()
             os._exit(status)
 
-    def _kill_hung(self, life: Life, watchdog: Watchdog) -> None:
+    def _watch(self, pid: int, heart: Heart) -> Watchdog:
+        return Watchdog(pid, heart, self._config.watchdog_s)
+
+    def _kill_hung(self, life: Life) -> None:
         """End a server that hangs: first by SIGABRT, at which it writes down where; if it still is there at the next
         look, by what nobody can refuse."""
         number = signal.SIGKILL if life.is_hung else signal.SIGABRT
         if not life.is_hung:
             life.is_hung = True
+            is_serving = life.ready_at is not None and not life.is_stopping
             log.error(
-                "the server process %d hangs: its loop has not turned for %g s, and the kernel says %s; killing it",
+                "the server process %d hangs: its %s for %g s, and the kernel says %s; killing it",
                 life.pid,
+                "loop has not turned" if is_serving else f"{'stop' if life.is_stopping else 'start'} has not got on",
                 self._config.watchdog_s,
-                watchdog.describe(),
+                life.watchdog.describe(),
             )
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(life.pidfd, number)
@@ -230,12 +235,13 @@ class Supervisor:
                 said: Any = life.words.recv()
                 if said == READY:
                     life.ready_at = time.monotonic()
-                    life.watchdog = Watchdog(life.pid, self._pulse, self._config.watchdog_s)
+                    life.watchdog = self._watch(life.pid, self._pulse)
                     if not self._was_ready:
                         self._was_ready = True
                         say_ready(self._config)
                 elif said == STOPPING:
-                    life.is_stopping, life.watchdog = True, None  # to give much memory back takes a while
+                    life.is_stopping = True
+                    life.watchdog = self._watch(life.pid, Effort(life.pid))
                 elif isinstance(said, HeapdError):
                     life.error = said
         except EOFError:  # it is about to end

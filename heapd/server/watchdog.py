@@ -1,5 +1,8 @@
 """Tells a server that hangs from one that is busy: the supervisor looks now and then whether its pulse still moves.
 
+While it serves, its pulse is the turns of its loop. While it starts and while it stops it has none: there it may have
+a million blocks to read, or many GiB to give back, and works all that time; so its pulse is the CPU time it has spent.
+
 Time in which the supervisor does not run either must not count against the server: a process tree that was stopped, a
 container that was frozen, a machine that slept. So looks are counted, not seconds, and a look that comes late is one
 look, however late. And a server that a debugger holds is the debugger's.
@@ -11,22 +14,42 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
-from heapd.server.link import Pulse
+__all__ = ["Effort", "Heart", "Watchdog"]
 
-__all__ = ["Watchdog"]
-
+_CPU_TIMES: Final = slice(11, 13)  # of /proc/PID/stat after the command: as a user and in the kernel
 _LOOKS: Final = 8  # in a row that find no beat; arbitrary: a late one costs no more than an eighth of the silence
 
 
+class Heart(Protocol):
+    """What a watchdog listens to: a number that moves."""
+
+    @property
+    def beats(self) -> int: ...
+
+
+class Effort:
+    """The CPU time that a process has spent, in clock ticks, as a pulse; it stands still once it has ended."""
+
+    def __init__(self, pid: int) -> None:
+        self._stat = Path(f"/proc/{pid}/stat")
+
+    @property
+    def beats(self) -> int:
+        with suppress(OSError):
+            after_command = self._stat.read_bytes().rpartition(b")")[2].split()
+            return sum(map(int, after_command[_CPU_TIMES]))
+        return 0
+
+
 class Watchdog:
-    """Watches one server process, from when it answers clients.
+    """Watches one server process.
 
     Args: silence_s (how long the pulse may stand still, several times `Config.tick_s`; 0: for ever).
     """
 
-    def __init__(self, pid: int, pulse: Pulse, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, pid: int, pulse: Heart, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._pid = pid
         self._pulse = pulse
         self._pause_s = silence_s / _LOOKS

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from typing import Any
 
 import pytest
 
-from heapd.cli.logs import JsonFormatter
+from heapd.cli.logs import JsonFormatter, UnhurtHandler
 from heapd.layout import F_SERIALIZE
 from heapd.wire.messages import SessionClose
 from tests.conftest import StartDaemon
@@ -51,6 +52,22 @@ def test_a_traceback_is_a_field() -> None:
     except ValueError:
         one.exc_info = sys.exc_info()
     assert "ValueError: no" in formatted(one)["exception"]
+
+
+def test_a_line_longer_than_a_pipe_has_room_for_is_lost_and_counted() -> None:
+    """No byte of it waits for the reader; what follows comes whole, after a line that says so."""
+    reader, writer = os.pipe()
+    try:
+        handler = UnhurtHandler(writer)
+        for text in ("x" * 100_000, "lost, too"):
+            handler.emit(record(text))
+        assert set(os.read(reader, 1 << 20)) == {ord("x")}
+        handler.emit(record("here"))
+        assert os.read(reader, 1 << 20) == b"2 lines of this log are lost, because nobody read it\nhere\n"
+        os.close(reader)
+        handler.emit(record("to nobody"))
+    finally:
+        os.close(writer)
 
 
 def test_a_daemon_logs_json_from_its_first_line_to_its_last(start_daemon: StartDaemon) -> None:

@@ -1,15 +1,18 @@
-"""A server that hangs without dying is killed and replaced; one that is merely stopped with its supervisor, held by a
-debugger, or long in starting is not."""
+"""A server that hangs without dying is killed and replaced, from its start to its stop; one that is merely stopped with
+its supervisor, held by a debugger, or long in starting is not."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
+import select
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,14 @@ from tests.harness import Daemon, is_alive, unique_name, wait_until
 _SILENCE_S = 1.0  # the shortest that may be asked for
 _OPTIONS = ("--watchdog", str(_SILENCE_S))
 _PTRACE_DETACH, _PTRACE_SEIZE, _PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+
+
+@pytest.fixture
+def hang_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """`hang_at("start")`: daemons that this test starts hang once there, at their "status", or at their "stop"."""
+    monkeypatch.setenv("HEAPD_TEST_HANG", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hanging'}:{os.environ.get('PYTHONPATH', '')}")
+    return lambda where: (tmp_path / where).touch()
 
 
 def wait_for_another(daemon: Daemon, pid: int) -> None:
@@ -56,17 +67,81 @@ def test_a_server_that_was_stopped_by_mistake_is_killed_and_replaced(start_daemo
 
 
 def test_a_server_in_an_endless_loop_says_where_before_it_is_killed(
-    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    start_daemon: StartDaemon, hang_at: Callable[[str], None]
 ) -> None:
     """The stack of its threads is in the log: it was the request for its status."""
-    monkeypatch.setenv("HEAPD_TEST_HANG", str(tmp_path / "hang"))
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'hanging'}:{os.environ.get('PYTHONPATH', '')}")
     daemon = start_daemon(*_OPTIONS)
     pid = daemon.pid
-    (tmp_path / "hang").touch()
+    hang_at("status")
     wait_for_another(daemon, pid)
     assert f"the server process {pid} hung and was killed by SIGABRT" in daemon.log
     assert re.search(r'File ".*sitecustomize.py", line \d+ in status_or_hang\n', daemon.log)
+
+
+def test_a_server_that_hangs_at_its_start_is_replaced(
+    start_daemon: StartDaemon, hang_at: Callable[[str], None]
+) -> None:
+    """It has no loop yet, but it spends no CPU time either."""
+    hang_at("start")
+    daemon = start_daemon(*_OPTIONS)
+    assert "hangs: its start has not got on for 1 s, and the kernel says S (sleeping); killing it" in daemon.log
+    assert "hung and was killed by SIGABRT" in daemon.log
+    assert "in init_or_hang" in daemon.log
+
+
+def test_a_server_that_hangs_at_its_stop_is_tidied_up_after(
+    start_daemon: StartDaemon, hang_at: Callable[[str], None]
+) -> None:
+    """It has said goodbye, and nobody but its supervisor waits for its end."""
+    daemon = start_daemon(*_OPTIONS)
+    hang_at("stop")
+    assert daemon.stop() == 0
+    assert "hangs: its stop has not got on for 1 s, and the kernel says S (sleeping); killing it" in daemon.log
+    assert daemon.segments() == []
+
+
+def test_a_log_that_nobody_reads_keeps_neither_clients_nor_the_watchdog_waiting(runtime_dir: Path) -> None:
+    """Its lines are lost, and how many is said when somebody reads again."""
+    endpoint = f"ipc://{runtime_dir}/{unique_name()}"
+    with full_pipe() as (reader, writer):
+        command = [sys.executable, "-m", "heapd", "serve", "--endpoint", endpoint, "--reserve", "1GiB", *_OPTIONS]
+        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=writer)
+        try:
+            pid = wait_until(lambda: server_of(endpoint))
+            os.kill(pid, signal.SIGSTOP)
+            wait_until(lambda: server_of(endpoint) not in (None, pid), what="another server")
+            while select.select([reader], [], [], 0)[0]:
+                os.read(reader, 65_536)
+            with hc.connect(endpoint, autostart=False):
+                text = os.read(reader, 65_536).decode()
+            assert re.search(r"WARNING heapd: \d+ lines of this log are lost, because nobody read it\n", text)
+        finally:
+            daemon.terminate()
+            assert daemon.wait(10) == 0
+
+
+@contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe that takes no more."""
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with suppress(BlockingIOError):
+            while os.write(writer, bytes(4096)):
+                pass
+        os.set_blocking(writer, True)
+        yield reader, writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def server_of(endpoint: str) -> int | None:
+    """The server's process id, None if it does not answer."""
+    try:
+        return int(hc.daemon_status(endpoint, timeout=0.3)["pid"])
+    except hc.DaemonError:
+        return None
 
 
 def test_a_server_that_hangs_while_it_is_to_stop_is_tidied_up_after(start_daemon: StartDaemon) -> None:
