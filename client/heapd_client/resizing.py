@@ -167,6 +167,9 @@ class ResizingHeap(AllocatingHeap):
                 fill(new.address)
             while True:
                 freeing = self._prepare_free(block)
+                if freeing is None:
+                    self._take_over(block, old_size)
+                    continue
                 # Another thread may have had the caches given back since, or the heap may have gone.
                 if (
                     self._words[self.live_slot] == self._live_word
@@ -181,13 +184,24 @@ class ResizingHeap(AllocatingHeap):
                     self.note_handle(block, block.word)  # again
             raise
 
-    def _prepare_free(self, block: Block) -> Freeing:
-        """All of a free but what needs no call."""
+    def _take_over(self, block: Block, size: int) -> None:
+        """Have a block of another session be this one's, so that one store of its word frees it. Args: size (its own).
+
+        Leaving that to the daemon, for some later call, would let who else has a handle free it or move it once more.
+        """
+        try:
+            self.session.call(ask.HeapResize(self.id, block.address, block.generation, size, True))
+        except NotABlockError:
+            raise freed_elsewhere(block) from None
+        self.note_growth(block.extent)
+
+    def _prepare_free(self, block: Block) -> Freeing | None:
+        """All of a free but what needs no call; None if the block is another session's in a heap that frees orphans."""
         with self._enter():
             word, front = self.word_of(block), self._front_end()
             self.away.forget(block.slot)
             if not self._is_ours_to_cache(word, block):
-                return Freeing(front, word, word, self.session.strays, (self.id, block.address, block.generation))
+                return None
             if front is None or (self.releases_large and block.extent >= MIB) or get_ident() in working:
                 self.note_growth(-block.extent)
                 form = self.mapping.shape.word_format(block.slot)

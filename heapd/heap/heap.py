@@ -317,8 +317,8 @@ class Heap:
         return word
 
     # -- resize ------------------------------------------------------------------------------------------------------
-    def resize(self, address: int, generation: int, size: int, *, in_place_only: bool) -> Grant:
-        """Change a block's size where it is; its generation stays.
+    def resize(self, address: int, generation: int, size: int, *, in_place_only: bool, session: int = 0) -> Grant:
+        """Change a block's size where it is; its generation stays, and its session unless another one is to have it.
 
         Unless `in_place_only`, a shrink of a slab block to less than half of its extent is refused, too: moving it
         saves more than the copy costs.
@@ -338,7 +338,7 @@ class Heap:
                 raise CannotResizeInPlaceError(
                     f"the block at {address:#x} has room for {format_size(extent)}, not for {format_size(size)}"
                 )
-        self.arena.journal.restate(slot, form.busy(form.session(word), generation, size))
+        self.arena.journal.restate(slot, form.busy(session or form.session(word), generation, size))
         return Grant(slot, address, generation, extent, False)
 
     def _resize_run(self, first: int, size: int) -> int:

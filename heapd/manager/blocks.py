@@ -150,13 +150,14 @@ class BlockOperations:
         run = shared.heap.runs.get(request.address >> PAGE_SHIFT)  # a slab block grows within its extent
         more = extent_of(request.size) - (run << PAGE_SHIFT) if run and request.size <= MAX_BLOCK_SIZE else 0
         if more > 0 and not self._quotas.admits(session, shared, more):
-            return self._quotas.when_recounted(session, shared, more, lambda: self._resize(shared, request))
-        return self._resize(shared, request)
+            return self._quotas.when_recounted(session, shared, more, lambda: self._resize(session, shared, request))
+        return self._resize(session, shared, request)
 
-    def _resize(self, shared: SharedHeap, request: m.HeapResize) -> Grant | Job:
+    def _resize(self, session: Session, shared: SharedHeap, request: m.HeapResize) -> Grant | Job:
+        heir = session.number if shared.frees_orphans else 0  # as of a block that the client moves
         try:
             grant = shared.heap.resize(
-                request.address, request.generation, request.size, in_place_only=request.in_place_only
+                request.address, request.generation, request.size, in_place_only=request.in_place_only, session=heir
             )
         except NotABlockError as error:
             raise self._directory.explain(shared, request.address, error) from None

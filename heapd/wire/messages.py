@@ -243,7 +243,8 @@ class HeapAllocMany(Request):
 class HeapResize(Request):
     """Resize a block where it is. Answer: Grant tuple (same slot, address and generation, new extent).
     Error CannotResizeInPlace: the client moves it (alloc, copy, free) unless the user asked for in place only; without
-    that flag a shrink to less than half of a slab block is refused so, too."""
+    that flag a shrink to less than half of a slab block is refused so, too. In a heap that frees orphans the block is
+    the caller's from then on, so that its word is the caller's to write."""
 
     op: ClassVar[int] = 32
     name: ClassVar[str] = "heap.resize"

@@ -461,6 +461,29 @@ def test_a_heap_that_frees_orphans_lets_each_cache_its_own(session: hc.Session, 
     check_empty(heap)
 
 
+@pytest.mark.parametrize("size", [64, 70_000])
+def test_a_block_moved_by_another_session_is_freed_at_once(session: hc.Session, other: hc.Session, size: int) -> None:
+    """Also in a heap that frees orphans, where the word was not the other session's to write: whoever else has a handle
+    is told, and can neither free the block nor move it once more."""
+    heap = session.create_heap("orphans", orphans="free")
+    other.open_heap("orphans")
+    blocks = heap.alloc_many(size, 3)
+    for block in blocks:
+        block.view[:4] = b"mine"
+    moved = [other.open(block.handle).realloc(3 * size) for block in blocks]
+    with pytest.raises((errors.DoubleFreeError, errors.StaleHandleError)):
+        blocks[0].free()
+    with pytest.raises((errors.DoubleFreeError, errors.StaleHandleError)):
+        blocks[1].realloc(9 * size)
+    with pytest.raises(errors.StaleHandleError):
+        other.open(blocks[2].handle)
+    assert [bytes(block.view[:4]) for block in moved] == [b"mine"] * 3
+    assert heap.statistics().busy_blocks == 3
+    other.close()
+    wait_until(lambda: heap.statistics().busy_blocks == 0)
+    check_empty(heap)
+
+
 def test_cached_blocks_of_an_executable_heap_stay_executable(session: hc.Session, other: hc.Session) -> None:
     """Freed and allocated again, by whoever: code in them runs."""
     import ctypes

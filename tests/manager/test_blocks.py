@@ -195,6 +195,16 @@ def test_a_block_may_be_freed_and_resized_by_any_session_that_has_the_heap_open(
     check_refused(client, HeapdError, lambda: client.free(heap, block))
 
 
+def test_in_a_heap_that_frees_orphans_a_resized_block_is_the_callers(client: Client, other: Client) -> None:
+    """As one that is moved is: it goes with the session that resized it, and not with who had it before."""
+    heap = client.create_freeing_orphans("freeing")
+    other.open("freeing")
+    block = client.alloc(heap, 10_000)
+    other.resize(heap, block, 9000)
+    [entry] = [entry for entry in other.walk(heap) if entry.session]
+    assert (entry.session, entry.size) == (other.number, 9000)
+
+
 def test_leases_are_given_back_one_by_one_or_all_at_once(client: Client, other: Client, heap: HeapInfo) -> None:
     """Only the caller's own; the answer counts them."""
     other.open("blocks")
