@@ -127,6 +127,11 @@ class Mapping:
             if self._memory is not None:
                 _closed.add(self._memory)
 
+    def stay_mapped(self) -> None:
+        """Keep the memory mapped to the end of the process, which is past the interpreter's: the kernel then frees the
+        locks that its threads hold, but for those in memory that is not mapped any more."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
+
     @property
     def is_stopped(self) -> bool:
         """The daemon has said in the header that it ended on purpose."""

@@ -538,13 +538,14 @@ class Session:
     def _keep_locked_mapped(self) -> None:
         """Keep the mapping for good if a thread goes on holding a heap's lock there."""
         if any(heap.must_stay_mapped for heap in [*self._heaps.values(), *self._left_locked]):
-            _kept_mapped.append(self.arena)
+            self.arena.stay_mapped()
 
     def leave(self, patience_s: float) -> None:
         """At the end of the process: close, unless another thread is still at work with it, or may be about to."""
         if self._connection is not None and (self._connection.is_shared or threading.active_count() > 1):
             self._connection.drop(is_closed=False)
             self._is_left = True
+            self.arena.stay_mapped()  # such a thread may hold a lock, and does not run again
         else:
             self.close(patience_s=patience_s)
 

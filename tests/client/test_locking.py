@@ -15,7 +15,7 @@ import pytest
 import heapd_client as hc
 from heapd.layout import C_HOLDER
 from heapd_client import errors
-from tests.client.programs import in_child, wait_for
+from tests.client.programs import in_child, run, wait_for
 from tests.interrupts import interrupts
 
 
@@ -259,6 +259,49 @@ def test_a_call_can_spare_itself_the_mutex(heap: hc.Heap) -> None:
         with pytest.raises(errors.LockTimeoutError):
             heap.validate()
     assert heap.statistics().busy_blocks == 1
+
+
+@pytest.mark.parametrize(
+    "end",
+    ["", "raise SystemExit(1)", "session.close()", "heap.close()", "session.close(); del session, heap; gc.collect()"],
+)
+def test_a_process_that_ends_by_itself_frees_its_locks(session: hc.Session, heap: hc.Heap, end: str) -> None:
+    """As one that is killed does: the next holder gets the lock at once, and is told."""
+    program = f"""
+        import gc, sys
+        import heapd_client as hc
+        session = hc.connect(sys.argv[1], autostart=False)
+        heap = session.open_heap_id(int(sys.argv[2]))
+        heap.lock()
+        {end}
+    """
+    ended = run(program, session.endpoint, str(heap.id))
+    assert not ended.stderr
+    with heap.lock(timeout=5) as lock:
+        assert lock.recovered
+
+
+def test_a_lock_of_a_thread_that_the_end_of_its_process_stopped_is_freed(session: hc.Session, heap: hc.Heap) -> None:
+    """A daemon thread, which is in the middle of something for ever."""
+    program = """
+        import sys, threading
+        import heapd_client as hc
+        heap = hc.connect(sys.argv[1], autostart=False).open_heap_id(int(sys.argv[2]))
+        has_locked = threading.Event()
+
+        def hold():
+            heap.lock()
+            has_locked.set()
+            del globals()["heap"]
+            threading.Event().wait()
+
+        threading.Thread(target=hold, daemon=True).start()
+        has_locked.wait()
+    """
+    ended = run(program, session.endpoint, str(heap.id))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    with heap.lock(timeout=5) as lock:
+        assert lock.recovered
 
 
 def test_a_lock_held_when_its_session_ends_can_do_no_harm(session: hc.Session) -> None:
