@@ -177,6 +177,8 @@ class Model:
         kept = min(size, block.size)
         assert read(self.manager.arena, block.grant.address, kept) == pattern(kept, block.seed)
         block.size = size
+        if heap.frees_orphans:
+            block.owner = who.number
         self.keep(heap, block)
 
     def publish(self) -> None:
