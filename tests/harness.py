@@ -21,6 +21,7 @@ _RUN = f"t{os.getpid()}-{secrets.token_hex(4)}"
 _RUN_MARK = f"{RUN_VARIABLE}={_RUN}".encode()
 # They end with the test run, by design of multiprocessing.
 _LASTING = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+LIFELINE, _lifeline_end = os.pipe()  # of this run: a daemon that is given LIFELINE ends with it, however it ends
 _strangers: set[int] = set()  # pids found not to be this run's, so that a scan reads only what is new
 
 
@@ -148,7 +149,7 @@ def is_alive(pid: int) -> bool:
 
 # -- daemons -----------------------------------------------------------------------------------------------------------
 class Daemon:
-    """`heapd serve` as a process of its own: a supervisor, whose child is the server.
+    """`heapd serve` as a process of its own: a supervisor, whose child is the server. It ends with the test run.
 
     Fields: name, directory (of its sockets), endpoint (as clients write it), process (the supervisor).
     """
@@ -159,11 +160,16 @@ class Daemon:
         self.endpoint = f"ipc://{directory}/{name}"
         self._log = directory / f"{name}.log"
         command = [sys.executable, "-m", "heapd", "serve", "--name", name, "--runtime-dir", str(directory)]
+        command += ["--until-eof", str(LIFELINE)]
         if "--reserve" not in arguments:
             command += ["--reserve", "1GiB"]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, *arguments], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                [*command, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[LIFELINE],
             )
 
     @property

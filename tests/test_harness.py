@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import RUN_VARIABLE, SEGMENTS, Daemon, Traces, unique_name, wait_until
+from tests.harness import RUN_VARIABLE, SEGMENTS, Daemon, Traces, is_alive, unique_name, wait_until
 
 if TYPE_CHECKING:
     import heapd_client
@@ -107,6 +108,27 @@ def test_a_daemon_that_cannot_start_shows_its_log(runtime_dir: Path) -> None:
     daemon = Daemon(runtime_dir, unique_name(), ["--no-such-option"])
     with pytest.raises(AssertionError, match="--no-such-option"):
         daemon.status()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_ends_with_a_test_run_that_has_no_time_to_stop_it(runtime_dir: Path, number: signal.Signals) -> None:
+    """Killed, or ended before any fixture could do something: neither processes nor segments are left."""
+    program = (
+        "import pathlib, sys, time; from tests.harness import Daemon, unique_name\n"
+        "daemon = Daemon(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
+        "print(daemon.process.pid, daemon.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    name = unique_name()
+    command = [sys.executable, "-c", program, str(runtime_dir), name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as run:
+        assert run.stdout is not None
+        processes = [int(pid) for pid in run.stdout.readline().split()]
+        assert len(processes) == 2
+        run.send_signal(number)
+        assert run.wait(10) == -number
+    wait_until(lambda: not any(map(is_alive, processes)))
+    assert list(SEGMENTS.glob(f"heapd-{name}*")) == []
 
 
 def test_the_session_fixture_is_a_session_of_the_daemon(daemon: Daemon, session: heapd_client.Session) -> None:

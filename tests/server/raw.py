@@ -259,11 +259,16 @@ class ConfiguredDaemon:
         program = (
             "import sys, logging; from heapd.server import Config, serve; from heapd.wire import Endpoint\n"
             "logging.basicConfig(level='INFO')\n"
-            f"serve(Config(endpoint=Endpoint.parse(sys.argv[1]), reserve=1 << 30, {settings}))\n"
+            "serve(Config(endpoint=Endpoint.parse(sys.argv[1]), reserve=1 << 30, "
+            f"until_eof_fd={harness.LIFELINE}, {settings}))\n"
         )
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, self.endpoint], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [sys.executable, "-c", program, self.endpoint],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[harness.LIFELINE],
             )
 
     def stop(self) -> int:

@@ -23,7 +23,7 @@ from heapd.cli import main
 from heapd.server.link import Pulse
 from heapd.server.watchdog import Watchdog
 from tests.conftest import StartDaemon
-from tests.harness import Daemon, is_alive, unique_name, wait_until
+from tests.harness import LIFELINE, Daemon, is_alive, unique_name, wait_until
 
 _SILENCE_S = 1.0  # the shortest that may be asked for
 _OPTIONS = ("--watchdog", str(_SILENCE_S))
@@ -105,7 +105,8 @@ def test_a_log_that_nobody_reads_keeps_neither_clients_nor_the_watchdog_waiting(
     endpoint = f"ipc://{runtime_dir}/{unique_name()}"
     with full_pipe() as (reader, writer):
         command = [sys.executable, "-m", "heapd", "serve", "--endpoint", endpoint, "--reserve", "1GiB", *_OPTIONS]
-        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=writer)
+        command += ["--until-eof", str(LIFELINE)]
+        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=writer, pass_fds=[LIFELINE])
         try:
             pid = wait_until(lambda: server_of(endpoint))
             os.kill(pid, signal.SIGSTOP)
