@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from heapd.arena.segment import SHM_DIRECTORY
 from heapd.errors import HeapFullError
 from heapd.units import MIB
 
@@ -38,9 +39,9 @@ class Headroom(NamedTuple):
     source: str
 
 
-def shm_left(directory: str = "/dev/shm") -> int:
+def shm_left() -> int:
     """Bytes that /dev/shm has left."""
-    status = os.statvfs(directory)
+    status = os.statvfs(SHM_DIRECTORY)
     return status.f_bavail * status.f_frsize
 
 
