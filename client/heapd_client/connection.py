@@ -7,6 +7,8 @@ its answer, when it comes, is handed to `on_late`, so that what it granted is no
 goes on undisturbed. After an exception it first hears what became of the one before: an answer may have been lost with
 the exception, and is asked for again while the daemon remembers it.
 
+What nobody waits for at all is posted, and repeated with the next call if that must be: it may be done late, or twice.
+
 A daemon that dies is started again on the same arena, and says in the arena's header who it is now. A call that was
 under way repeats its frame to that one, which remembers the answers of the one before; until there is one, the call
 waits. `send` itself waits then, because the socket queues nothing for a daemon that is not there, and goes through the
@@ -49,6 +51,7 @@ _REPEAT_S: Final = 1.0  # how long an answer may take before the request is sent
 _LONGEST_SLICE_MS: Final = 400  # arbitrary: hundreds of processes that wait for a name shall not keep a core busy
 _HURRY_S: Final = 0.2  # the same, after a restart: what was sent meanwhile may have gone to the daemon that died
 _GRANTING: Final = (HeapAlloc, HeapAllocMany, HeapLease)
+_MAX_POSTED: Final = 8  # arbitrary: who posts faster than the daemon answers waits for it
 _MAX_ABANDONED: Final = 256  # arbitrary; a thread that gives up more calls in a row forgets the oldest
 
 # pyzmq's Socket.send is a Python function of five keyword checks round this one.
@@ -73,16 +76,18 @@ class _Channel:
     Fields: socket; lock (held during a call, so that `close` never pulls the socket from under one);
     abandoned (request id to request and frame: answers that may still come); last (the last request, its id and
     frame); is_shaken (an interrupt may have lost an answer that had come); inner (the channel for calls made inside
-    one, by finalisers and signal handlers); server (who got its frames, as far as it has noticed).
+    one, by finalisers and signal handlers); posted (request id to frame: what nobody waits for the answer of, until it
+    comes); server (who got its frames, as far as it has noticed).
     """
 
-    __slots__ = ("__weakref__", "abandoned", "inner", "is_shaken", "last", "lock", "server", "socket")
+    __slots__ = ("__weakref__", "abandoned", "inner", "is_shaken", "last", "lock", "posted", "server", "socket")
 
     def __init__(self, dealer: zmq.Socket[bytes], server: Server) -> None:
         self.socket = dealer
         self.server = server
         self.lock = threading.Lock()
         self.abandoned: dict[int, tuple[Request, bytes]] = {}
+        self.posted: dict[int, bytes] = {}
         self.is_shaken = False
         self.last: tuple[Request, int, bytes] | None = None
         self.inner: _Channel | None = None
@@ -155,6 +160,8 @@ class Connection:
             dealer, is_sent = channel.socket, False
             try:
                 try:
+                    if channel.posted:
+                        self._post_again(channel)
                     _raw_send(dealer, frame)
                     is_sent = True
                     reply = decode_reply(_raw_recv(dealer))
@@ -170,6 +177,31 @@ class Connection:
         if reply.code:
             raise error_from_wire(reply.code, *reply.payload)
         return reply.payload
+
+    def post(self, request: Request) -> bool:
+        """Tell the daemon something that may be done late, or twice, and wait for no answer; False, and it knows
+        nothing, where a call must do instead. It is told before what this thread asks next.
+        """
+        channel: _Channel | None = getattr(self._local, "channel", None)
+        if channel is None or channel.is_shaken or len(channel.posted) >= _MAX_POSTED or channel.lock.locked():
+            return False
+        with channel.lock:
+            if self.is_closed:
+                return False
+            self._newest_id = request_id = next(self._ids)
+            channel.posted[request_id] = frame = encode_request(request, request_id, self._token)
+            try:
+                _raw_send(channel.socket, frame, zmq.NOBLOCK)
+            except zmq.Again:
+                del channel.posted[request_id]
+                return False
+        return True
+
+    def _post_again(self, channel: _Channel) -> None:
+        """What was posted to a daemon that has died since, or by a connection that it has cut, is lost."""
+        if self._has_lost_server(channel) or len(channel.posted) >= _MAX_POSTED:
+            for frame in channel.posted.values():
+                _raw_send(channel.socket, frame)
 
     def _open_channel(self) -> _Channel:
         with self._opening:
@@ -238,7 +270,8 @@ class Connection:
             try:
                 if not is_sent or now >= repeat_at:
                     is_sent, repeat_at, repeat_s = False, now + repeat_s, _REPEAT_S + wait_s
-                    _raw_send(channel.socket, frame)
+                    for each in (*channel.posted.values(), frame):
+                        _raw_send(channel.socket, each)
                     is_sent = True
                 if channel.socket.poll(slice_ms if now >= until else ceil(min(slice_ms, (until - now) * 1000))):
                     reply = decode_reply(_raw_recv(channel.socket))
@@ -305,6 +338,7 @@ class Connection:
         """An answer to another request than the one being waited for: one given up, or a repeat's second answer."""
         if reply.request_id == 0 and reply.code:
             raise MessageError(f"the daemon could not read a request: {reply.payload[0]}")
+        channel.posted.pop(reply.request_id, None)
         request, _ = channel.abandoned.get(reply.request_id, (None, b""))
         if request is not None and not reply.code:
             self._on_late(request, reply.payload)

@@ -337,12 +337,15 @@ class FrontEnd:
     def _lease(self, bin_: Bin, size: int) -> Block:
         """Lease a batch; one block of it, the others are in the bin. Raises: as Heap.alloc."""
         slack = self._slack(bin_.extent)
-        if slack < 0:
-            slack += self._shed(-slack)
+        surplus = self._take_surplus(-slack) if slack < 0 else []
+        slack += _size_of(surplus)
         count = min(bin_.next_batch(), max(slack // _LEASE_PART // bin_.extent, 0) + 1)
         others = self._empty_bins(slack // _OTHERS_PART, bin_) if not bin_.is_large else []
         try:
-            grants = self._ask(size, count, [other.extent for other in others])
+            try:
+                grants = self._ask(size, count, [other.extent for other in others])
+            finally:
+                self._give_back(surplus)  # after: it takes the daemon longer
         except HeapFullError as shortage:
             self._heap.session.reclaim(shortage, self._heap.id)
             grants = self._ask(size, 1)
@@ -442,13 +445,15 @@ class FrontEnd:
                 other.set(0)
         room = self._room(bin_)
         if room <= bin_.extent:
-            room += self._shed(bin_.extent - room, kin)
+            surplus = self._take_surplus(bin_.extent - room, kin)
+            room += _size_of(surplus)
+            self._give_back(surplus)
         self._set_limit(bin_, room)
 
-    def _shed(self, size: int, bins: Iterable[Bin] | None = None) -> int:
-        """Give back `size` bytes at least, and a quarter of what is cached, if there is so much: of what the fullest
-        bins hold the blocks at the highest addresses, so that slabs get empty. Runs first: a block of a slab that is
-        given back frees no page until the whole slab is empty. Returns: bytes."""
+    def _take_surplus(self, size: int, bins: Iterable[Bin] | None = None) -> list[Block]:
+        """Take `size` bytes at least out of the bins, and a quarter of what is cached, if there is so much: of what the
+        fullest hold the blocks at the highest addresses, so that slabs get empty. Runs first: a block of a slab that is
+        given back frees no page until the whole slab is empty."""
         bins = [bin_ for bin_ in bins or self if bin_.stack]
         bins.sort(key=lambda bin_: (bin_.form is RUN_WORD, bin_.cached), reverse=True)
         goal, done = size + sum(bin_.cached for bin_ in bins) // 4, 0
@@ -461,15 +466,16 @@ class FrontEnd:
             done += count * bin_.extent
             if done >= goal:
                 break
-        self._give_back(doomed)
-        return done
+        return doomed
 
     def _give_back(self, doomed: list[Block]) -> None:
-        """Give blocks back that are in no bin any more. Without an answer nobody knows whose they are: they stay out of
-        the bins, and giving everything back finds them, should they still be ours."""
-        self.held -= sum(block.extent for block in doomed)
+        """Give blocks back that are in no bin any more. Until there is an answer nobody knows whose they are: they stay
+        out of the bins, and giving everything back finds them, should they still be ours.
+
+        It is waited for where the mutex is held: who gets that next must see nothing change."""
+        self.held -= _size_of(doomed)
         with suppress(DaemonError):
-            self._heap.tell_given_back(list(map(_name, doomed)))
+            self._heap.tell_given_back(list(map(_name, doomed)), waits=self._hot_lock is not None)
 
     # -- all of it ---------------------------------------------------------------------------------------------------
     def stop_frees(self) -> None:
@@ -521,6 +527,11 @@ class FrontEnd:
 
     def __iter__(self) -> Iterator[Bin]:
         return iter(list(self._bins.values()))
+
+
+def _size_of(blocks: list[Block]) -> int:
+    """Bytes that blocks occupy."""
+    return sum([block.extent for block in blocks])
 
 
 def _name(block: Any) -> tuple[int, int]:

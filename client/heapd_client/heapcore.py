@@ -200,14 +200,17 @@ class HeapCore:
                 if self._gate._is_owned():  # type: ignore[attr-defined]
                     self._gate.release()
 
-    def tell_given_back(self, blocks: list[tuple[int, int]]) -> None:
+    def tell_given_back(self, blocks: list[tuple[int, int]], *, waits: bool = True) -> None:
         """Give cached blocks, in no bin any more, back to the daemon: each as its address and generation.
 
         The daemon may get to know late, when the answer was not waited for, and one may have been leased again then: so
-        the generation. Raises: DaemonError."""
+        the generation.
+        Args:   waits (until it is done; else it is before what this thread asks the daemon next).
+        Raises: DaemonError."""
+        tell = self.session.call if waits else self.session.post
         for at in range(0, len(blocks), ask.MAX_BATCH):
             pairs = blocks[at : at + ask.MAX_BATCH]
-            self.session.call(ask.HeapGiveBack(self.id, [part for pair in pairs for part in pair]))
+            tell(ask.HeapGiveBack(self.id, [part for pair in pairs for part in pair]))
 
     def note_growth(self, size: int) -> None:
         """Blocks in use have become more by so many bytes, past the front end."""

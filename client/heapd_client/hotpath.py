@@ -43,6 +43,7 @@ from .block import Block, Visitor
 from .exporter import IDLE
 
 __all__ = [
+    "RELEASED",
     "Alloc",
     "Lock",
     "is_quiet",

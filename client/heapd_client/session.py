@@ -172,6 +172,13 @@ class Session:
                 raise ClosedError("the session was closed while a call was waiting") from None
             raise
 
+    def post(self, request: Request) -> None:
+        """Tell the daemon something that may be done late, or twice, before what this thread asks next; its answer is
+        waited for only if it has many to give. Raises: as `call`."""
+        connection = self._connection
+        if connection is None or not connection.post(request):
+            self.call(request)
+
     def _reconnect(self) -> Connection:
         """In a forked child, at its first call: a session of its own, with the same heaps open."""
         with self._lock:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from heapd.arena.segment import SHM_DIRECTORY
 from heapd.errors import HeapFullError
 from heapd.units import MIB
 
@@ -39,9 +38,9 @@ class Headroom(NamedTuple):
     source: str
 
 
-def shm_left() -> int:
+def shm_left(directory: str = "/dev/shm") -> int:
     """Bytes that /dev/shm has left."""
-    status = os.statvfs(SHM_DIRECTORY)
+    status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
 
 

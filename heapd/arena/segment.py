@@ -20,7 +20,7 @@ from typing import Any, cast
 from heapd.errors import SegmentError
 from heapd.layout import WORD
 
-__all__ = ["SHM_DIRECTORY", "Segment", "remove_segment", "segment_exists"]
+__all__ = ["Segment", "remove_segment", "segment_exists"]
 
 SHM_DIRECTORY = Path("/dev/shm")
 _patching = threading.Lock()

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from heapd.arena import SHM_DIRECTORY
 from heapd.errors import DaemonRunningError, HeapdError, SegmentError
 from heapd.layout import WORD
 from heapd.manager import count_persistent
@@ -44,6 +43,7 @@ from heapd.wire import (
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftover"]
 
+SHM: Final = Path("/dev/shm")
 _PREFIX: Final = "heapd-"
 _FILE: Final = re.compile(rf"(.+)\.(?:control|work|lock)(?:{re.escape(SHUT_SUFFIX)})?")
 
@@ -197,7 +197,7 @@ def _folders(held: list[Endpoint]) -> Iterator[Leftover]:
 # -- segments ------------------------------------------------------------------------------------------------------
 def _segments(held: list[Endpoint]) -> Iterator[Leftover]:
     owned = {name for endpoint in held for name in (f"{_PREFIX}{endpoint.name}", endpoint.unique_segment)}
-    names = {name for name in os.listdir(SHM_DIRECTORY) if name.startswith(_PREFIX)}
+    names = {name for name in os.listdir(SHM) if name.startswith(_PREFIX)}
     for name in sorted(names):
         arena = name.removesuffix(LEDGER_SUFFIX)
         remains = inspect_segment(name)
@@ -220,7 +220,7 @@ def _segments(held: list[Endpoint]) -> Iterator[Leftover]:
 
 def _leftover(kind: str, parts: tuple[str, ...], what: str, outlook: str = "") -> Leftover:
     """Args: outlook (why it is wanted although nobody has it mapped, "" if it is not)."""
-    paths = [str(SHM_DIRECTORY / name) for name in parts]
+    paths = [str(SHM / name) for name in parts]
     wanted, pids = outlook, tuple[int, ...]()
     if any(_is_in_use(path) for path in paths):
         pids = _users_of(paths)
@@ -248,7 +248,7 @@ def _outlook(arena: str) -> str:
 
 def _is_blank(name: str) -> bool:
     """Begun by a daemon that was killed at once: nothing, or zeros, where a header would be. Else it is not ours."""
-    with suppress(OSError), open(SHM_DIRECTORY / name, "rb") as file:
+    with suppress(OSError), open(SHM / name, "rb") as file:
         return not any(file.read(WORD))
     return False
 

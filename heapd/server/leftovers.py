@@ -19,7 +19,7 @@ import struct
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from heapd.arena import SHM_DIRECTORY, remove_segment
+from heapd.arena import remove_segment
 from heapd.errors import SegmentError
 from heapd.layout import (
     H_MAGIC,
@@ -42,6 +42,7 @@ __all__ = ["Claim", "Remains", "claim_segment", "clear_sockets", "discard", "ins
 log = logging.getLogger("heapd.server")
 
 _HEADER_WORDS = max(H_MAGIC, H_VERSION, H_STATE, H_PID, H_START_TIME) + 1
+_SHM = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def _check_fit(name: str, remains: Remains, reserve: int | None) -> None:
 def inspect_segment(name: str) -> Remains | None:
     """What the segment `name` is, None if there is none. Maps nothing."""
     try:
-        descriptor = os.open(SHM_DIRECTORY / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(f"{_SHM}/{name}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     except OSError:  # a symlink, or not ours to read
@@ -197,7 +198,7 @@ def mark_stopped(name: str) -> None:
     so that its clients do not wait for one."""
     stop_ledger(name + LEDGER_SUFFIX)
     with contextlib.suppress(OSError):  # nobody has it mapped, then
-        descriptor = os.open(SHM_DIRECTORY / name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(f"{_SHM}/{name}", os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.pwrite(descriptor, STOPPED.to_bytes(WORD, "little"), H_STATE * WORD)
         finally:

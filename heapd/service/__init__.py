@@ -1,6 +1,6 @@
 """Dispatch: messages in, messages out; no socket, no thread, no clock of its own."""
 
-from heapd.service.backend import Caller, Job, Peer, Session, Waiter
+from heapd.service.backend import Caller, Job, Manager, Peer, Session, Waiter
 from heapd.service.exposition import CONTENT_TYPE, check_extra, expose
 from heapd.service.histogram import Histogram
 from heapd.service.pending import Deferred, ReplyMemory, RunningJob
@@ -14,6 +14,7 @@ __all__ = [
     "Histogram",
     "Identity",
     "Job",
+    "Manager",
     "Peer",
     "ReplyMemory",
     "RunningJob",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 __all__ = ["Histogram"]
 
 _SUB_BITS = 4  # 16 buckets a doubling, so a bucket is at most 1/16 wide
+_SUB = 1 << _SUB_BITS
 
 
 def _bucket(value: int) -> int:

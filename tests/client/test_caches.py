@@ -29,13 +29,21 @@ def heap(session: hc.Session) -> Iterator[hc.Heap]:
 def requests(session: hc.Session, monkeypatch: pytest.MonkeyPatch) -> Requests:
     """What the session asks the daemon from now on."""
     asked: Requests = []
-    call = session.call
+    connection = session._connection
+    assert connection is not None
+    call, post = session.call, connection.post
 
     def listen(request: Request, *rest: float) -> object:
         asked.append(request)
         return call(request, *rest)
 
+    def listen_to_posts(request: Request) -> bool:
+        is_posted = post(request)  # else it is called
+        asked.extend([request] * is_posted)
+        return is_posted
+
     monkeypatch.setattr(session, "call", listen)
+    monkeypatch.setattr(connection, "post", listen_to_posts)
     return asked
 
 

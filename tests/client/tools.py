@@ -16,13 +16,21 @@ from heapd.records import Entry, EntryKind
 def count_requests(session: hc.Session) -> Counter[str]:
     """How often the session asks its daemon from now on, by the name of the request."""
     counts: Counter[str] = Counter()
-    call = session.call
+    connection = session._connection
+    assert connection is not None
+    call, post = session.call, connection.post
 
     def counting_call(request: Any, wait_s: float = 0.0) -> Any:
         counts[request.name] += 1
         return call(request, wait_s)
 
+    def counting_post(request: Any) -> bool:
+        is_posted = post(request)  # else it is called
+        counts[request.name] += is_posted
+        return is_posted
+
     session.call = counting_call  # type: ignore[method-assign]
+    connection.post = counting_post  # type: ignore[method-assign]
     return counts
 
 
