@@ -1,8 +1,7 @@
 """The front end of one heap in one session: blocks leased in batches, allocated and freed without asking anybody.
 
-A *bin* holds the cached blocks of one extent: a size class, or a number of pages. Blocks freed here go to this
-process's bins, whoever allocated them. What a bin may hold, and how many blocks it leases at once, follows from what
-went through it; a heap that allocates one block leases one.
+Blocks freed here go to this process's bins (bins.py), whoever allocated them. What a bin may hold, and how many blocks
+it leases at once, follows from what went through it; a heap that allocates one block leases one.
 
 The hot path is hotpath.py; here is what it leaves to us. Every method runs in one thread at a time, which has taken
 the heap's gate (heapcore.py), and the mutex of a serialized heap before that.
@@ -21,11 +20,11 @@ from threading import active_count
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from heapd.errors import BlockTooLargeError, DaemonError, DoubleFreeError, HeapFullError, StaleHandleError
-from heapd.layout import BUSY, H_COMMITTED, MAX_BLOCK_SIZE, RUN_WORD, SLAB_WORD, WordFormat
-from heapd.sizeclass import CLASSES, MAX_CLASS_SIZE, class_index
-from heapd.units import KIB, MIB, PAGE_SHIFT, pages_for
+from heapd.layout import BUSY, H_COMMITTED, MAX_BLOCK_SIZE, RUN_WORD, WordFormat
+from heapd.units import KIB, MIB
 from heapd.wire import messages as ask
 
+from .bins import LARGE, MAX_LEASE, Bin, key_of
 from .block import Block
 from .hotpath import Lock, is_unseen, make_alloc, make_block_type, make_locked_alloc, make_locked_block_type
 from .stream import Stream
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Freeing", "FrontEnd"]
 
 # All arbitrary, chosen by scripts/bench alloc, frames and trace: more caches cost memory, less cost round trips.
-_FREE_LEASE: Final = 8 * KIB  # a batch doubles up to this many bytes, whatever was leased before;
-_SHARE: Final = 8  # beyond, it is this part of the blocks that the bin leased so far
 _SLACK_FLOOR: Final = 128 * KIB  # what is cached may add this much to the most that was in use at once ...
 _SLACK_PART: Final = 22  # ... or this part of it (ARCHITECTURE.md has what less would cost); while less is in use,
 _LASTING: Final = 2 * MIB  # so much of the difference is remembered,
@@ -50,88 +47,13 @@ _NEIGHBOURS: Final = 2  # so many larger bins are looked in before a lease: each
 _PATIENCE: Final = 4  # slow calls before a bin gets a spare block, or another one
 _LEASE_PART: Final = 8  # one lease may take this part of what may still be leased,
 _OTHERS_PART: Final = 2  # and this part for one block each of the bins that are empty, too
-_MAX_BATCH: Final = 512
-_MAX_LEASE: Final = 16 * MIB  # the daemon commits no more in one turn
 _MAX_SIZES: Final = 1 << 16  # sizes that the hot path knows, about 100 bytes each; beyond, the slow path finds the bin
 _MAX_BINS: Final = 512  # about 5 KB each, and each is looked at when another one wants to hold more
-_LARGE: Final = 1 << 16  # keys of bins for runs over 64 KiB: this and the pages
 
 _HOT: Final = 2  # blocks in a bin that the hot path needs to take one
 _COLLECTED: Final = 3  # references to a block that came home: a list's, a local name's, getrefcount's
 
 _address: Final = attrgetter("address")
-
-
-class Bin:
-    """Cached blocks of one extent.
-
-    Fields: key, extent (bytes), form (of its state words), stack (cached blocks, freed last on top), limit (blocks at
-    which free asks), batch (of the last lease), leased (blocks, so far), emptied (times
-    since the last spare), spares (blocks), stream (what the hot path takes blocks from; None: the stack); block_type,
-    set_limit and take_count (see hotpath).
-    """
-
-    __slots__ = (
-        "batch",
-        "block_type",
-        "emptied",
-        "extent",
-        "form",
-        "key",
-        "leased",
-        "limit",
-        "set_limit",
-        "spares",
-        "stack",
-        "stream",
-        "take_count",
-    )
-
-    def __init__(self, key: int) -> None:
-        self.key = key
-        if key >= _LARGE:
-            self.extent, self.form = (key - _LARGE) << PAGE_SHIFT, RUN_WORD
-        else:
-            kind = CLASSES[key]
-            self.extent, self.form = kind.extent, RUN_WORD if kind.is_run else SLAB_WORD
-        self.stack: list[Any] = []
-        self.stream: Stream | None = None
-        self.block_type: type[Block] = Block
-        self.set_limit: Callable[[int], None] = lambda blocks: None
-        self.take_count: Callable[[], int] = lambda: 0
-        self.limit = 0
-        self.batch = 0
-        self.leased = 0
-        self.emptied = 0
-        self.spares = 0
-
-    @property
-    def is_large(self) -> bool:
-        return self.key >= _LARGE
-
-    @property
-    def cached(self) -> int:
-        """Bytes in the bin."""
-        return len(self.stack) * self.extent
-
-    @property
-    def claimed(self) -> int:
-        """Bytes in the bin, or that free may fill it with before it asks."""
-        return max(len(self.stack), self.limit) * self.extent
-
-    def may_replace(self, smaller: Bin) -> bool:
-        """Whether blocks of this bin do for a smaller one: those of runs begin on a page, those of slabs do not."""
-        return self.form is RUN_WORD or smaller.form is SLAB_WORD
-
-    def next_batch(self) -> int:
-        """How many blocks to lease now, if there is room for them."""
-        doubled = min(self.batch * 2, _FREE_LEASE // self.extent)
-        wanted = max(doubled, self.leased // _SHARE, 1)
-        return min(wanted, _MAX_BATCH, max(_MAX_LEASE // self.extent, 1))
-
-    def set(self, limit: int) -> None:
-        self.limit = limit
-        self.set_limit(limit)
 
 
 class Freeing(NamedTuple):
@@ -179,7 +101,7 @@ class FrontEnd:
         """The bin that blocks of `size` bytes come from. Raises: BlockTooLargeError."""
         if size > MAX_BLOCK_SIZE:
             raise BlockTooLargeError(f"{size} bytes requested; a block has at most {MAX_BLOCK_SIZE}")
-        key = class_index(size) if size <= MAX_CLASS_SIZE else _LARGE + pages_for(size)
+        key = key_of(size)
         found = self._bins.get(key) or self._add_bin(key)
         if size > 0 and len(self._stack_of) < _MAX_SIZES:
             self._stack_of[size + 15 >> 4] = found.stream or found.stack
@@ -190,7 +112,7 @@ class FrontEnd:
 
     def _bin_of(self, extent: int) -> Bin:
         """The bin of blocks that occupy `extent` bytes."""
-        key = class_index(extent) if extent <= MAX_CLASS_SIZE else _LARGE + pages_for(extent)
+        key = key_of(extent)
         return self._bins.get(key) or self._add_bin(key)
 
     def _add_bin(self, key: int) -> Bin:
@@ -234,7 +156,7 @@ class FrontEnd:
             return _LARGE_CACHE - bin_.cached - others
         # Not all of the peak: it is forgotten at leases, and there may be none while less and less is in use.
         allowed = min(self._peak - self.used_bytes(), _LASTING) + max(_SLACK_FLOOR, self._peak // _SLACK_PART)
-        return max(allowed, _CACHE_FLOOR) - sum([len(each.stack) * each.extent for each in self if each.key < _LARGE])
+        return max(allowed, _CACHE_FLOOR) - sum([len(each.stack) * each.extent for each in self if each.key < LARGE])
 
     def _slack(self, more: int) -> int:
         """Bytes that may be leased besides the `more` that are about to be used; negative if too much is held.
@@ -400,7 +322,7 @@ class FrontEnd:
 
     def _ask(self, size: int, count: int, others: list[int] | None = None) -> list[Any]:
         heap = self._heap
-        if size > _MAX_LEASE:
+        if size > MAX_LEASE:
             return [heap.ask_for_block(size)]
         grants: list[Any] = heap.session.call(ask.HeapLease(heap.id, size, count, others or []))
         return grants
