@@ -180,8 +180,9 @@ class Heap(ResizingHeap):
         with suppress(LookupError):  # gone already
             self.check()
             self._free_deferred()
-            with self._hold():
-                self.release_cache(thorough=True)
+            if self.has_had_front_end:  # else there is nothing to give back, and no need to wait for the lock
+                with self._hold():
+                    self.release_cache(thorough=True)
             self.session.call(ask.HeapClose(self.id))
         self.session.forget(self)
         self.mark_closed()

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import count
 from math import inf
 from time import monotonic, sleep
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import zmq
 
@@ -33,12 +33,10 @@ from heapd.layout import (
     BUSY,
     C_HEAP_ID,
     F_EXECUTABLE,
-    F_FREE_CHECK,
     F_FREE_ORPHANS,
     F_GENERATE_EXCEPTIONS,
     F_PERSISTENT,
     F_SERIALIZE,
-    F_TAIL_CHECK,
     H_CONTROLS_READY,
     Handle,
 )
@@ -326,8 +324,6 @@ class Session:
         orphans: str = "keep",
         max_block: int = 0,
         session_quota: int = 0,
-        tail_check: bool = False,
-        free_check: bool = False,
     ) -> Heap:
         """Make a heap.
 
@@ -337,15 +333,12 @@ class Session:
                  generate_exceptions (recorded; errors are always exceptions here), persistent (stays until it is
                  destroyed), orphans ("keep" or "free" what a session that died had allocated), max_block (largest
                  request in bytes; 0: no limit of its own), session_quota (bytes that one session may have of it,
-                 allocated or cached; 0: no limit of its own), tail_check and free_check (recorded for the win32 module,
-                 which writes and looks at the fillers).
+                 allocated or cached; 0: no limit of its own).
         Raises:  HeapExistsError, HeapFullError, LimitError, InvalidArgumentError; ExecuteError if the system does not
                  let shared memory be executed.
         """
         if not isinstance(orphans, str) or orphans not in ("keep", "free"):
             raise InvalidArgumentError('orphans is "keep" or "free"')
-        if executable:
-            self.arena.check_executable()
         flags = 0
         for is_set, flag in (
             (serialize, F_SERIALIZE),
@@ -353,10 +346,17 @@ class Session:
             (persistent, F_PERSISTENT),
             (generate_exceptions, F_GENERATE_EXCEPTIONS),
             (orphans == "free", F_FREE_ORPHANS),
-            (tail_check, F_TAIL_CHECK),
-            (free_check, F_FREE_CHECK),
         ):
             flags |= flag if is_set else 0
+        return self.make_heap(name, initial, maximum, flags, max_block, session_quota)
+
+    def make_heap(
+        self, name: str | None, initial: int, maximum: int, flags: int, max_block: int = 0, session_quota: int = 0
+    ) -> Heap:
+        """As `create_heap`, its options as layout.F_*. With those, too, that the win32 module alone heeds: all blocks
+        of a heap that checks tails are its own, as it writes the bytes behind them that `validate` looks for."""
+        if flags & F_EXECUTABLE:
+            self.arena.check_executable()
         request = ask.HeapCreate(name, initial, maximum, flags, max_block, session_quota)
         try:
             return self._adopt(self.call_for_memory(request))
@@ -555,6 +555,12 @@ class Session:
             self.arena.stay_mapped()  # such a thread may hold a lock, and does not run again
         else:
             self.close(patience_s=patience_s)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"the session with {self.endpoint} is this process's own and cannot be pickled; "
+            "hand over its heaps and blocks, or connect there"
+        )
 
     def __del__(self) -> None:
         if self._is_closed or self._is_left:

@@ -256,7 +256,7 @@ def _directory() -> _Findings:
         yield PROBLEM, str(error), "mend that, or name another in $HEAPD_RUNTIME_DIR"
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base is None:
-        yield OK, "$XDG_RUNTIME_DIR is not set; the runtime directory is in /tmp then"
+        yield OK, "$XDG_RUNTIME_DIR is not set; a runtime directory that is not named is in /tmp then"
         return
     try:
         status = os.stat(base)

@@ -44,7 +44,7 @@ class Stage:
 
 Call = Callable[[Stage, Any], Any]
 
-FLAGS = ["serialize", "executable", "generate_exceptions", "persistent", "tail_check", "free_check"]
+FLAGS = ["serialize", "executable", "generate_exceptions", "persistent"]
 CREATE = {
     f"create_heap {name}": lambda on, value, name=name: on.session.create_heap(**{name: value}).destroy()
     for name in ["name", "initial", "maximum", "orphans", "max_block", "session_quota", *FLAGS]

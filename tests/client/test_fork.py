@@ -183,6 +183,13 @@ def test_blocks_reach_an_executor(session: hc.Session, method: str) -> None:
         assert sessions == 1
 
 
+def test_a_session_does_not_pickle_and_says_what_does(session: hc.Session) -> None:
+    """It is one process's own. TypeError, as of all that Python cannot pickle; whatever heaps it has open."""
+    session.create_heap().alloc(8)
+    with pytest.raises(TypeError, match="hand over its heaps and blocks"):
+        pickle.dumps(session)
+
+
 def test_what_is_unpickled_without_a_daemon_says_so(start_daemon) -> None:  # type: ignore[no-untyped-def]
     """DaemonNotFoundError, and no daemon is started for it."""
     daemon: Daemon = start_daemon()

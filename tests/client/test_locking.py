@@ -261,6 +261,14 @@ def test_a_call_can_spare_itself_the_mutex(heap: hc.Heap) -> None:
     assert heap.statistics().busy_blocks == 1
 
 
+def test_a_heap_that_was_only_looked_at_is_closed_without_its_lock(session: hc.Session, heap: hc.Heap) -> None:
+    """As it has nothing to give back: who lists heaps does not wait for somebody's lock."""
+    with held_elsewhere(heap), hc.connect(session.endpoint, autostart=False, timeout=1) as other:
+        looked_at = other.open_heap_id(heap.id)
+        assert looked_at.statistics().busy_blocks == heap.statistics().busy_blocks
+        looked_at.close()
+
+
 @pytest.mark.parametrize(
     "end",
     ["", "raise SystemExit(1)", "session.close()", "heap.close()", "session.close(); del session, heap; gc.collect()"],

@@ -14,6 +14,7 @@ import warnings
 from typing import Any, Final
 
 from heapd.errors import ExecuteError, HeapdError, InvalidArgumentError
+from heapd.layout import F_EXECUTABLE, F_FREE_CHECK, F_GENERATE_EXCEPTIONS, F_SERIALIZE, F_TAIL_CHECK
 from heapd.units import align_up
 
 from . import corruption
@@ -76,22 +77,26 @@ def HeapCreate(flOptions: int, dwInitialSize: int, dwMaximumSize: int) -> int:
         max_block = min(maximum - _FIXED_OVERHEAD, _FIXED_LIMIT)
     owner = process()
     try:
-        heap = owner.session.create_heap(
-            initial=initial,
-            maximum=min(maximum, SIZE_T_MAX),
-            max_block=max_block,
-            serialize=not options & HEAP_NO_SERIALIZE,
-            executable=bool(options & HEAP_CREATE_ENABLE_EXECUTE),
-            generate_exceptions=bool(options & HEAP_GENERATE_EXCEPTIONS),
-            tail_check=bool(options & HEAP_TAIL_CHECKING_ENABLED),
-            free_check=bool(options & HEAP_FREE_CHECKING_ENABLED),
-        )
+        heap = owner.session.make_heap(None, initial, min(maximum, SIZE_T_MAX), _flags(options), max_block)
     except InvalidArgumentError as error:  # more than the arena
         raise Failure(ERROR_NOT_ENOUGH_MEMORY, str(error)) from error
     except ExecuteError as error:
         warnings.warn(f"HeapCreate: {error}", RuntimeWarning, stacklevel=4)
         raise
     return owner.make(heap).handle
+
+
+def _flags(options: int) -> int:
+    """HEAP_* options of a new heap as layout.F_*."""
+    flags = 0 if options & HEAP_NO_SERIALIZE else F_SERIALIZE
+    for option, flag in (
+        (HEAP_CREATE_ENABLE_EXECUTE, F_EXECUTABLE),
+        (HEAP_GENERATE_EXCEPTIONS, F_GENERATE_EXCEPTIONS),
+        (HEAP_TAIL_CHECKING_ENABLED, F_TAIL_CHECK),
+        (HEAP_FREE_CHECKING_ENABLED, F_FREE_CHECK),
+    ):
+        flags |= flag if options & option else 0
+    return flags
 
 
 @fails_with(False)
