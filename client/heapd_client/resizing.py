@@ -60,10 +60,9 @@ class ResizingHeap(AllocatingHeap):
             extent = self.extent_of(block, word)
             if size > extent or not self._is_ours_to_cache(word, block):
                 return False
-            if form is RUN_WORD:
-                if max(pages_for(size), 1) << PAGE_SHIFT != extent:
-                    return False
-            elif not in_place_only and class_of(size).extent * 2 < extent:
+            if form is RUN_WORD and max(pages_for(size), 1) << PAGE_SHIFT != extent:
+                return False
+            if not in_place_only and self._would_waste(block, size):
                 return False
             word = form.busy(form.session(word), form.generation(word), size)
             own = -word if block.has_handle else word
@@ -81,9 +80,14 @@ class ResizingHeap(AllocatingHeap):
         """Whether a block may have `size` bytes where it is: a run, for all we know, or one of a slab in its extent."""
         return block.slot < self.slabs or size <= block.extent
 
+    def _would_waste(self, block: Block, size: int) -> bool:
+        """Whether a block of a slab would use less than half of what it occupies, which it has room for: the daemon
+        resizes none so."""
+        return block.slot >= self.slabs and class_of(size).extent * 2 < block.extent
+
     def _resize_there(self, block: Block, old_size: int, size: int, in_place_only: bool) -> None:
         """Have the daemon resize the block, or move it."""
-        if not in_place_only and not self.can_grow_here(block, size):
+        if not in_place_only and (not self.can_grow_here(block, size) or self._would_waste(block, size)):
             self._move(block, old_size, size)
             return
         try:

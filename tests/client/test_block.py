@@ -8,6 +8,7 @@ import pytest
 
 import heapd_client as hc
 from heapd_client import errors
+from tests.client.tools import count_requests
 
 
 def test_a_view_has_exactly_the_requested_size(heap: hc.Heap) -> None:
@@ -210,6 +211,20 @@ def test_realloc_in_place_only_fails_rather_than_move(heap: hc.Heap) -> None:
     with pytest.raises(errors.CannotResizeInPlaceError):
         block.realloc(1 << 20, in_place_only=True)
     assert (block.handle, bytes(block.view[:3])) == (handle, b"abc")
+
+
+def test_realloc_of_a_small_block_asks_nobody(session: hc.Session, heap: hc.Heap) -> None:
+    """Smaller, larger, in place or moved: once each size has blocks cached, no request is sent."""
+    for size in (64, 200, 1_000):
+        heap.free_many(heap.alloc_many(size, 10))
+    block = heap.alloc(64)
+    requests = count_requests(session)
+    for size in (60, 200, 1_000, 990, 64, 1_000, 200, 64):
+        block.realloc(size)
+        assert block.size == size
+    assert not requests
+    block.free()
+    assert heap.validate() == []
 
 
 def test_realloc_that_finds_no_memory_leaves_the_block(session: hc.Session) -> None:
