@@ -53,7 +53,7 @@ def _deal_with(leftover: Leftover, dry_run: bool, force: bool) -> str:
     try:
         return "removed" if remove_leftover(leftover, force=force) else "kept"
     except OSError as error:
-        return f"failed: {error.strerror}"
+        return f"failed: {error.strerror or error}"
 
 
 def _print(outcomes: list[tuple[Leftover, str]]) -> None:

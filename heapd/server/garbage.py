@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,7 @@ def remove_leftover(leftover: Leftover, *, force: bool = False) -> bool:
     if leftover.kind == "endpoint":
         return _remove_endpoint(Endpoint.parse(leftover.path))
     if leftover.kind == "folder":
-        shutil.rmtree(leftover.path)
+        _remove_folder(leftover.path)
         return True
     return _remove_segments(leftover, force)
 
@@ -172,9 +173,13 @@ def _own_processes() -> Iterator[int]:
 
 def _remove_endpoint(endpoint: Endpoint) -> bool:
     try:
-        lock = DaemonLock.acquire(endpoint)  # so that no daemon begins here meanwhile
+        lock = DaemonLock.acquire(endpoint, is_daemon=False)  # so that none begins here meanwhile
     except DaemonRunningError:
         return False
+    except SegmentError:
+        if os.path.lexists(endpoint.directory):
+            raise
+        return True
     try:
         if _is_answering(endpoint):
             return False
@@ -189,9 +194,24 @@ def _folders(held: list[Endpoint]) -> Iterator[Leftover]:
     for path in abandoned_folders():
         if any(endpoint.directory == str(path) for endpoint in held):
             continue  # its daemon ends by itself, soon
-        files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-        size = sum(file.stat().st_size for file in files)
+        size = sum(map(_size_of_files, os.walk(path)))
         yield Leftover("folder", str(path), size, "folder of a job that was killed", "", (), (str(path),))
+
+
+def _size_of_files(listing: tuple[str, list[str], list[str]]) -> int:
+    """Bytes of the plain files that `os.walk` found in one directory, and that are still there."""
+    size = 0
+    for name in listing[2]:
+        with suppress(FileNotFoundError):
+            status = os.lstat(os.path.join(listing[0], name))
+            size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return size
+
+
+def _remove_folder(path: str) -> None:
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):  # somebody else is at it, too
+            shutil.rmtree(path)
 
 
 # -- segments ------------------------------------------------------------------------------------------------------

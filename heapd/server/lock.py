@@ -30,13 +30,13 @@ class DaemonLock:
         self._owner = os.getpid()
 
     @classmethod
-    def acquire(cls, endpoint: Endpoint, gid: int | None = None) -> DaemonLock:
+    def acquire(cls, endpoint: Endpoint, gid: int | None = None, *, is_daemon: bool = True) -> DaemonLock:
         """Take the lock and write this process's id and start time into the file.
 
         Waits a moment for a holder that is no daemon: one that only looks, or removes what a killed daemon left, or is
         that daemon, whose last thread is about to end.
-        Args:   gid (the group that the daemon is open to: its members may read there whether to wait for a restart).
-
+        Args:   gid (the group that the daemon is open to: its members may read there whether to wait for a restart),
+                is_daemon (False: for a moment, to keep daemons out; the file goes on naming whom it named).
         Raises: DaemonRunningError, naming the process that serves the endpoint; SegmentError if the file cannot be
                 made.
         """
@@ -66,7 +66,8 @@ class DaemonLock:
         if gid is not None:
             os.fchown(descriptor, -1, gid)
         os.fchmod(descriptor, 0o600 if gid is None else 0o640)
-        lock.take_over()
+        if is_daemon:
+            lock.take_over()
         return lock
 
     @staticmethod

@@ -20,6 +20,7 @@ __all__ = ["JobFolder", "abandoned_folders"]
 
 _PREFIX: Final = "heapd-"
 _MARK: Final = "job"
+_UNBORN: Final = "job.new"  # the mark until it is locked: nobody takes the folder for abandoned before
 
 
 class JobFolder:
@@ -28,8 +29,10 @@ class JobFolder:
     def __init__(self, name: str) -> None:
         """Args: name (of the job: letters, digits, dashes). Raises: OSError."""
         self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{name}-"))
-        self._mark = os.open(self.path / _MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        unborn = self.path / _UNBORN
+        self._mark = os.open(unborn, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._mark, fcntl.LOCK_EX)
+        unborn.rename(self.path / _MARK)
 
     def __enter__(self) -> JobFolder:
         return self

@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -348,6 +350,40 @@ def test_the_folder_of_a_killed_job_goes_whole(runtime_dir: Path, monkeypatch: p
     assert not living.path.exists()
     assert find_leftovers([name]) == []
     shutil.rmtree(runtime_dir / f"heapd-{name}-precious")
+
+
+def test_many_that_clear_up_at_once_are_in_nobodys_way(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds what is there and sees it gone, whoever of them has removed it."""
+    monkeypatch.setattr("tempfile.tempdir", str(runtime_dir))
+    name = unique_name()
+
+    def clear_up(barrier: threading.Barrier) -> list[bool]:
+        barrier.wait(10)
+        return [remove_leftover(leftover) for leftover in find_leftovers([name], [str(runtime_dir)])]
+
+    for _ in range(10):
+        folder = JobFolder(name)
+        for number in range(50):
+            (folder.path / f"file{number}").touch()
+        os.close(folder._mark)
+        endpoint = Endpoint(str(runtime_dir), name)
+        for path in (endpoint.control_path, endpoint.lock_path):
+            Path(path).touch()
+        start = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            outcomes = list(pool.map(clear_up, [start] * 4))
+        assert any(outcomes)
+        assert list(runtime_dir.iterdir()) == []
+
+
+def test_what_went_with_its_directory_is_gone(runtime_dir: Path) -> None:
+    """Somebody removed all of it between the look and the removal."""
+    endpoint = Endpoint(str(runtime_dir / "sub"), unique_name())
+    os.mkdir(endpoint.directory, 0o700)
+    Path(endpoint.lock_path).touch()
+    [leftover] = find_leftovers([endpoint.name], [endpoint.directory])
+    shutil.rmtree(endpoint.directory)
+    assert remove_leftover(leftover)
 
 
 def test_a_folder_whose_daemon_still_lives_is_not_listed(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

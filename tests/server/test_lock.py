@@ -75,6 +75,18 @@ def test_a_holder_that_is_no_daemon_is_waited_for(endpoint: Endpoint) -> None:
         done.join()
 
 
+def test_whoever_keeps_daemons_out_for_a_moment_is_none(endpoint: Endpoint) -> None:
+    """Nobody is told that it serves, and who starts one then waits until it may."""
+    lock = DaemonLock.acquire(endpoint, is_daemon=False)
+    assert endpoint.holder() is None
+    done = threading.Timer(0.2, lock.release)
+    done.start()
+    try:
+        DaemonLock.acquire(endpoint).release()
+    finally:
+        done.join()
+
+
 def test_a_lock_whose_file_was_removed_does_not_count(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever opened the file just before its holder removed it has locked nothing, and begins again."""
     real = fcntl.flock
