@@ -125,13 +125,11 @@ def find_heap(session: hc.Session, text: str) -> HeapInfo:
 
 @contextmanager
 def opened_info(session: hc.Session, info: HeapInfo) -> Iterator[hc.Heap]:
-    """A heap, opened to look at it and closed again."""
+    """A heap, opened to look at it and closed again; after an error by the session: who is lost is waited for once."""
     heap = session.open_heap_id(info.heap_id)
-    try:
-        yield heap
-    finally:
-        with suppress(HeapdError):  # it may have gone meanwhile
-            heap.close()
+    yield heap
+    with suppress(HeapdError):  # it may have gone meanwhile
+        heap.close()
 
 
 @contextmanager

@@ -21,10 +21,12 @@ _WORKERS = 4
 
 # Runs random commands until its standard input ends, and writes what became of each.
 _WORKER = """
-import json, random, select, sys
+import functools, json, random, select, sys
+import heapd_client
 from click.testing import CliRunner
 from heapd.cli import main
 endpoint, directory, seed = sys.argv[1:]
+heapd_client.connect = functools.partial(heapd_client.connect, timeout=1)
 commands = [[*words, "-e", endpoint] for words in (
     ["status"], ["locks"], ["heaps"], ["heaps", "--blocks"], ["map"], ["stop"], ["metrics"],
     ["walk", "work"], ["validate", "work"], ["map", "work"])]

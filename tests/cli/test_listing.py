@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 import heapd_client as hc
+from heapd.cli.tables import opened
 from tests.cli.conftest import Heapd
+from tests.client.tools import count_requests
 from tests.harness import Daemon
 
 
@@ -117,6 +120,18 @@ def test_a_heap_can_be_looked_at_while_somebody_holds_its_lock(
         (lock,) = heapd("locks", "--json", "-e", daemon.endpoint).json
         assert (lock["holder"]["pid"], lock["holder"]["tid"]) == (os.getpid(), threading.get_native_id())
         assert str(os.getpid()) in heapd("locks", "-e", daemon.endpoint).out
+
+
+def test_a_daemon_that_is_lost_while_one_looks_is_waited_for_once(daemon: Daemon) -> None:
+    """The heap is not closed first, which would take as long again."""
+    with hc.connect(daemon.endpoint, autostart=False, timeout=0.3) as looking:
+        looking.create_heap("x")
+        counts = count_requests(looking)
+        with suppress(hc.DaemonLostError), opened(looking, "x") as found:
+            daemon.kill()
+            found.statistics()
+    assert counts["heap.statistics"] == 1
+    assert counts["heap.close"] == 0
 
 
 def test_locks_counts_what_waiting_cost(heapd: Heapd, daemon: Daemon, session: hc.Session) -> None:
