@@ -26,6 +26,7 @@ from heapd.errors import (
     HeapFullError,
     InvalidArgumentError,
     QuotaError,
+    SegmentError,
     SessionLostError,
     StaleHandleError,
 )
@@ -128,6 +129,12 @@ class Session:
             access = check_directory(endpoint.directory)
             with descriptors():
                 self.arena = Mapping(greeting.segment, greeting.arena_size, greeting.instance, access)
+        except SegmentError as error:
+            context.term()
+            is_served = is_process_alive(greeting.daemon_pid, greeting.daemon_start_time)
+            if is_served and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise DaemonStoppedError(f"the daemon at {endpoint} went before its arena was mapped here") from None
         except BaseException:
             context.term()
             raise

@@ -8,11 +8,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import heapd_client as hc
 from heapd_client import errors
+from heapd_client import session as session_module
 from tests.client.programs import in_child, run
 from tests.harness import Daemon, wait_until
 
@@ -274,6 +276,20 @@ def test_a_client_that_ends_untidily_says_nothing(session: hc.Session) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
     wait_until(lambda: {info.pid for info in session.sessions()} == {os.getpid()})
     assert session.segment in os.listdir("/dev/shm")
+
+
+def test_a_daemon_that_stops_while_one_connects_is_none(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arena has gone between its greeting and our look at it: that is no fault of the arena."""
+    say_hello = session_module.say_hello
+
+    def stop_then(*arguments: Any) -> object:
+        greeting = say_hello(*arguments)
+        daemon.stop()
+        return greeting
+
+    monkeypatch.setattr(session_module, "say_hello", stop_then)
+    with pytest.raises(hc.DaemonNotFoundError):
+        hc.connect(daemon.endpoint, autostart=False)
 
 
 def test_no_resource_tracker_is_started(session: hc.Session) -> None:
