@@ -179,6 +179,8 @@ class Scene:
                 assert entry.orphaned or stamp in self._survivor.handed, f"{entry} is none that its owner knows of"
                 block.free()
                 orphans += entry.orphaned
+        self._survivor.free_all()  # runs that it had handed to the dead have come home
+        for heap in self._heaps:
             heap.trim()
             heap.compact()
             statistics = heap.statistics()
