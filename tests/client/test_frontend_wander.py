@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 def test_blocks_wander_one_way_without_growth(
     session: hc.Session, other: hc.Session, shared: hc.Heap, theirs: hc.Heap, size: int
 ) -> None:
-    """Thousands from A to B: what B caches of them is bounded, not a part of what passed."""
+    """Thousands from A to B: what B caches of them is bounded, not a part of what passed; A leases an eighth ahead."""
     rounds = 4_000 if size < 4096 else 800
     seen = []
     for number in range(rounds):
@@ -40,7 +40,7 @@ def test_blocks_wander_one_way_without_growth(
             seen.append((cached_by(shared, session), cached_by(shared, other)))
     kept = 64 * MIB if size > 65_536 else max(1 * MIB, session.statistics().committed // 32) * 9 // 8
     limit = kept // size + 64
-    assert all(cached <= limit for pair in seen for cached in pair), seen
+    assert all(b <= limit and a <= limit + rounds // 8 for a, b in seen), seen
     theirs.trim()
     check_empty(shared)
 
