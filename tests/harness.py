@@ -224,7 +224,7 @@ class Daemon:
         """SIGKILL to supervisor and server; its segments stay, as after any crash, until the test ends."""
         if self.is_running:
             self.process.send_signal(signal.SIGSTOP)  # so that it starts no other server
-            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it may just have ended
             servers = [os.pidfd_open(pid) for pid in children_of(self.process.pid)]
             for server in servers:
                 signal.pidfd_send_signal(server, signal.SIGKILL)
