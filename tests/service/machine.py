@@ -488,6 +488,7 @@ class ServiceMachine(RuleBasedStateMachine):
             kept = read(self.manager.arena, grant.address, min(size, block.size or 0, 5000))
             assert kept == pattern(len(kept), block.seed)
             block.grant = grant
+            block.owner = session.number if heap.frees_orphans else block.owner
             self.write(block, size)
 
     # -- large blocks, in slices ---------------------------------------------------------------------------------------
@@ -602,10 +603,10 @@ class ServiceMachine(RuleBasedStateMachine):
             self.refused(session, m.HeapFree(heap_id, address, generation + off), wrong)
             self.refused(session, m.HeapResize(heap_id, address, generation + off, 5), wrong)
             self.refused(session, m.NamePublish(heap_id, "a", address, generation + off), wrong)
-            inner = address + off
-            self.refused(
-                session, m.HeapFree(heap_id, inner, generation), NotABlockError, WrongHeapError, DoubleFreeError
-            )
+            if (inner := address + off) not in heap.blocks:
+                self.refused(
+                    session, m.HeapFree(heap_id, inner, generation), NotABlockError, WrongHeapError, DoubleFreeError
+                )
         for other in self.heaps.values():
             if other is not heap and (foreign := self.busy(other, which)) is not None:
                 request = m.HeapFreeMany(heap_id, [foreign.grant.address, foreign.generation])
