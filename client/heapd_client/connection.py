@@ -198,7 +198,8 @@ class Connection:
         return True
 
     def _post_again(self, channel: _Channel) -> None:
-        """What was posted to a daemon that has died since, or by a connection that it has cut, is lost."""
+        """Before a call: what was posted to a daemon that has died since is lost. So it may be where the connection was
+        cut, which shows when no more may be posted."""
         if self._has_lost_server(channel) or len(channel.posted) >= _MAX_POSTED:
             for frame in channel.posted.values():
                 _raw_send(channel.socket, frame)
